@@ -11,6 +11,7 @@ is left out where it is not installed. With --shape or on a GPU, ours alone, in 
 import argparse
 import importlib.util
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -148,6 +149,7 @@ SIDES = {"ours": train_ours, "TRL": train_trl}
 
 def child(side, folder):
     """One side in this process; the last line printed is what it took."""
+    torch.set_num_threads(os.cpu_count())  # conftest, for the tests' sake, sets one
     marks, losses = [], []
 
     def end_of_epoch(*_):
