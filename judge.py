@@ -289,7 +289,6 @@ class Pointwise(Judge):
                 (chats[0][:shared], [chat[shared:] for chat in chats]) for _, shared, chats in batch
             ]
             tokens, positions, attend, offsets = pack(trees, self.device)
-            hidden = self.model.model(tokens, positions, attend)[0]  # (N, hidden)
             owners, ends, gates = [], [], []
             for (i, shared, chats), (prompt, starts) in zip(batch, offsets, strict=True):
                 for chat, start in zip(chats, starts, strict=True):
@@ -297,7 +296,9 @@ class Pointwise(Judge):
                     gates.append(prompt + gate if gate < shared else start + gate - shared)
                     ends.append(start + len(chat) - shared - 1)
                     owners.append((i, chat))
-            rows = self.model.head(hidden[ends].float(), hidden[gates].float()).tolist()
+            hidden = self.model.model(tokens, positions, attend, kept=ends + gates)[0]
+            h_end, h_gate = hidden.float().chunk(2)  # (n, hidden) each
+            rows = self.model.head(h_end, h_gate).tolist()
             for (i, chat), row in zip(owners, rows, strict=True):
                 found[i][chat] = row
         return [[rows[chat] for chat in chats] for rows, chats in zip(found, items, strict=True)]

@@ -502,8 +502,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, attend):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
+    def forward(self, x, cos, sin, attend, kept=slice(None)):
+        x = (x + self.self_attn(self.input_layernorm(x), cos, sin, attend))[:, kept]
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -518,12 +518,16 @@ class Trunk(nn.Module):
         self.norm = RMSNorm(config)
         self.register_buffer("frequencies", rope_frequencies(config), persistent=False)
 
-    def forward(self, tokens, positions=None, attend=causal_attention, recompute=0):
+    def forward(
+        self, tokens, positions=None, attend=causal_attention, recompute=0, kept=slice(None)
+    ):
         """(B, T) int64 -> (B, T, hidden).
 
         positions: (B, T) int64, default 0..T-1. attend: who sees whom, see Attention.
         recompute: gradient checkpointing, the number of blocks (from the first) that keep only
         their input and compute the rest again in the backward pass.
+        kept: the places in a row that are wanted, a list (default: all). The last MLP runs there
+        alone, and the result is (B, len(kept), hidden).
         """
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
@@ -531,10 +535,11 @@ class Trunk(nn.Module):
         cos, sin = angles.cos(), angles.sin()
         x = self.embed_tokens(tokens)
         for i, block in enumerate(self.layers):
+            places = kept if block is self.layers[-1] else slice(None)
             if i < recompute:
-                x = checkpoint(block, x, cos, sin, attend, use_reentrant=False)
+                x = checkpoint(block, x, cos, sin, attend, places, use_reentrant=False)
             else:
-                x = block(x, cos, sin, attend)
+                x = block(x, cos, sin, attend, places)
         return self.norm(x)
 
 
@@ -583,9 +588,14 @@ class PackedAttention:
         if self.prefixes[i] is None:
             return causal_attention(None, q[i], k[i], v[i])
         piece, P = self.prefixes[i]
+        T = q[i].shape[2]
         keys = torch.cat([k[piece][:, :, :P], k[i]], dim=2)  # (1, KV, P + T, head_dim)
         values = torch.cat([v[piece][:, :, :P], v[i]], dim=2)
-        mask = causal_lower_right(q[i].shape[2], keys.shape[2])  # row t sees P + t + 1 keys
+        if q[i].device.type == "cpu" and 2 * P <= T:
+            # There the mask is a tensor: a short prefix's rows, run again and dropped, cost less.
+            queries = torch.cat([q[piece][:, :, :P], q[i]], dim=2)  # (1, H, P + T, head_dim)
+            return causal_attention(None, queries, keys, values)[:, :, P:]
+        mask = causal_lower_right(T, P + T)  # row t sees P + t + 1 keys
         return F.scaled_dot_product_attention(q[i], keys, values, attn_mask=mask, enable_gqa=True)
 
 

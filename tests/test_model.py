@@ -110,7 +110,7 @@ def test_packed_rows_equal_separate_forwards(tiny):
 
 def test_gradients_through_a_packed_row(tiny):
     ours = model.load_model(tiny)
-    trees = [([1, 2, 3], [[4, 5], [6]]), ([7], [[8, 9, 10]])]
+    trees = [([1, 2, 3], [[4, 5], [6]]), ([7], [[8, 9, 10], [11, 12, 13, 14]])]
 
     def gradients(loss):
         ours.zero_grad()
@@ -182,6 +182,35 @@ def test_recomputed_blocks_give_equal_gradients(recompute, tiny):
         gradients.append([p.grad.clone() for p in ours.model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
     assert all(g.abs().max() > 0 for g in gradients[1])
+
+
+@pytest.mark.parametrize("recompute", [0, 1, 2])
+def test_kept_places_equal_the_full_computation(recompute, tiny):
+    """Hidden states and gradients, in a batch and in a packed row; one place is wanted twice."""
+    ours = model.load_model(tiny)
+    tokens, positions, attend, _ = model.pack([([1, 2, 3], [[4, 5], [6, 7, 8, 9, 10, 11, 12]])])
+    batch = torch.arange(40).view(2, 20), None, model.causal_attention
+    places = [7, 0, 11, 7, 3]
+    for row in (batch, (tokens, positions, attend)):
+        found, gradients = [], []
+        for kept in (slice(None), places):
+            ours.zero_grad()
+            hidden = ours.model(*row, recompute, kept)
+            hidden = hidden[:, places] if kept != places else hidden
+            hidden.pow(3).sum().backward()
+            found.append(hidden.detach())
+            gradients.append([p.grad.clone() for p in ours.model.parameters()])
+        assert found[1].shape == (len(row[0]), 5, 32) and relative(*found) < 1e-6
+        for full, part in zip(*gradients, strict=True):
+            assert (full - part).abs().max() <= 1e-5 * full.abs().max() and full.abs().max() > 0
+
+
+def test_the_last_mlp_runs_at_kept_places_alone(tiny):
+    ours, rows = model.load_model(tiny), []
+    for block in ours.model.layers:
+        block.mlp.register_forward_hook(lambda *call: rows.append(call[2].shape[1]))
+    ours.model(torch.arange(40)[None], kept=[3, 39])
+    assert rows == [40, 2]
 
 
 def test_recompute_keeps_fewer_activations(tiny):
