@@ -48,6 +48,7 @@ from model import (
     read_jsonl,
     read_options,
     run_main,
+    shared_length,
     write_groups,
     write_jsonl,
 )
@@ -340,19 +341,6 @@ class Pointwise(Judge):
             if chat[start : start + len(self.header)] == self.header:
                 return start
         raise InputError(f"the judge's chat: found no {ASSISTANT_HEADER!r}, expected one")
-
-
-def shared_length(chats):
-    """How many first ids all chats have in common, each keeping at least one for itself.
-
-    >>> shared_length([(1, 2, 3), (1, 2, 4, 5)]), shared_length([(1, 2, 3)]), shared_length([])
-    (2, 2, 0)
-    """
-    if not chats:
-        return 0
-    low, high = min(chats), max(chats)  # in the order of a dictionary, so these part first
-    most = min(map(len, chats)) - 1
-    return next((i for i in range(most) if low[i] != high[i]), most)
 
 
 # The prompt that the Self-Taught Evaluator was trained on, MT-Bench's for pairs, word for word:

@@ -631,6 +631,19 @@ def pack(trees, device="cpu"):
     return tokens, positions, PackedAttention(pieces), offsets
 
 
+def shared_length(sequences):
+    """How many first ids all sequences have in common, each keeping at least one for itself.
+
+    >>> shared_length([(1, 2, 3), (1, 2, 4, 5)]), shared_length([(1, 2, 3)]), shared_length([])
+    (2, 2, 0)
+    """
+    if not sequences:
+        return 0
+    low, high = min(sequences), max(sequences)  # as in a dictionary: these part first
+    most = min(map(len, sequences)) - 1
+    return next((i for i in range(most) if low[i] != high[i]), most)
+
+
 class KVCache:
     """Keys and values of a fixed number of slots, each a sequence at its own position.
 

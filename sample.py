@@ -41,6 +41,7 @@ from model import (
     read_jsonl,
     read_options,
     run_main,
+    shared_length,
     stream,
     write_groups,
     write_json,
@@ -156,8 +157,7 @@ class Row:
     uniforms: list[float]  # its own random stream, one number a token
     prompt_length: int
     limit: int  # most new tokens
-    keys: torch.Tensor  # the prompt's keys and values, (layers, KV, T, head_dim),
-    values: torch.Tensor  # shared by the K completions of a prompt
+    held: tuple  # the prompt's keys and values as Decoder.prefill gives them, shared by its K
 
     @property
     def position(self):
@@ -186,20 +186,31 @@ class Decoder:
         self.graphs, self.steps, self.rows = {}, 0, 0
 
     def prefill(self, prompts):
-        """Runs prompts packed in one row: each prompt's keys and values, and logits (n, V)."""
-        tokens, positions, attend, offsets = pack([(p, []) for p in prompts], self.device)
-        keys, values = [], []
+        """Runs prompts packed in one row: each prompt's keys and values, and logits (n, V).
+
+        What all begin with (a thought prompt, a judge's system text) is run once and held once:
+        keys and values come in two parts, the shared ones and the prompt's own, each a tensor
+        (2, layers, KV, tokens, head_dim).
+        """
+        shared, held = shared_length(prompts), []
+        tree = (prompts[0][:shared], [p[shared:] for p in prompts])
+        tokens, positions, attend, [(_, starts)] = pack([tree], self.device)
 
         def keep(layer, q, k, v):
-            keys.append(k[0])
-            values.append(v[0])
+            held.append(torch.cat([k, v]))  # (2, KV, N, head_dim)
             return attend(layer, q, k, v)
 
-        hidden = self.model.model(tokens, positions, keep)[0]  # (N, hidden)
-        spans = [(s, s + len(p)) for (s, _), p in zip(offsets, prompts, strict=True)]
-        last = torch.tensor([end - 1 for _, end in spans], device=self.device)
-        k, v = torch.stack(keys), torch.stack(values)  # (layers, KV, N, head_dim)
-        return [(k[:, :, s:e], v[:, :, s:e]) for s, e in spans], self.logits(hidden[last])
+        spans = [(s, s + len(p) - shared) for s, p in zip(starts, prompts, strict=True)]
+        ends = [end - 1 for _, end in spans]
+        hidden = self.model.model(tokens, positions, keep, kept=ends)[0]  # (n, hidden)
+        both = torch.stack(held, dim=1)  # (2, layers, KV, N, head_dim)
+        parts = [(both[..., :shared, :], both[..., s:e, :]) for s, e in spans]
+        return parts, self.logits(hidden)
+
+    def fits(self, prompts):
+        """Whether prompts are prefilled together: PREFILL_TOKENS, what they share counted once."""
+        repeated = (len(prompts) - 1) * shared_length(prompts)
+        return sum(map(len, prompts)) - repeated <= self.PREFILL_TOKENS
 
     def logits(self, hidden):
         return F.linear(hidden, self.model.head)
@@ -307,16 +318,14 @@ def generate(
     def prefill():
         """Prefills the next prompts and draws the first token of each of their completions."""
         batch = [queue.popleft()]
-        size = len(prompts[batch[0]])
-        while queue and size + len(prompts[queue[0]]) <= Decoder.PREFILL_TOKENS:
-            size += len(prompts[queue[0]])
+        while queue and decoder.fits([prompts[i] for i in (*batch, queue[0])]):
             batch.append(queue.popleft())
-        held, logits = decoder.prefill([prompts[i] for i in batch])
+        parts, logits = decoder.prefill([prompts[i] for i in batch])
         rows = []
-        for i, (k, v) in zip(batch, held, strict=True):
+        for i, held in zip(batch, parts, strict=True):
             for j, completion in enumerate(completions[i]):
                 uniforms = stream(seed, "completion", first_prompt + i, j).random(limits[i])
-                row = Row(completion, uniforms.tolist(), len(prompts[i]), limits[i], k, v)
+                row = Row(completion, uniforms.tolist(), len(prompts[i]), limits[i], held)
                 rows.append(row)
         tokens = choose(logits.repeat_interleave(num_samples, dim=0), rows)
         waiting.extend(r for r, token in zip(rows, tokens, strict=True) if not ended(r, token))
@@ -327,7 +336,7 @@ def generate(
         return waiting.popleft() if waiting else None
 
     def start(row, slot):
-        decoder.cache.write(slot, row.keys, row.values)
+        decoder.cache.write(slot, *torch.cat(row.held, dim=-2))
         active[slot : slot + 1] = [row]
 
     while True:

@@ -61,6 +61,47 @@ def test_greedy_is_transformers_token_by_token(slots, greedy_model):
         assert not set(completion.ids[:-1]) & set(GREEDY["stop_ids"])
 
 
+# Prefill
+
+SHARED = {
+    "equal": [[5, 6, 7]] * 3,
+    "one a prefix of the others": [[5, 6, 7], [5, 6, 7, 8, 9], [5, 6], [5, 6, 7, 8]],
+    "a long beginning": [[*range(60), n, 3][: 61 + n % 2] for n in (70, 71, 72)],
+    "nothing in common": [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10]],
+    "one alone": [[5, 6, 7, 8]],
+    "one token": [[5], [5], [5, 6]],
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_a_shared_prefill_equals_separate_ones(name, llm):
+    prompts, made = SHARED[name], decoder(llm, 1)
+    with torch.inference_mode():
+        parts, logits = made.prefill(prompts)
+        for prompt, held, row in zip(prompts, parts, logits, strict=True):
+            (alone,), expected = made.prefill([prompt])
+            together, alone = torch.cat(held, dim=-2), torch.cat(alone, dim=-2)
+            assert together.shape == alone.shape == (2, 2, 2, len(prompt), 8)
+            assert (together - alone).abs().max() < 1e-5 and (row - expected).abs().max() < 1e-5
+            full = llm(torch.tensor([prompt]))[0, -1]
+            assert (row - full).abs().max() < 1e-5 * full.abs().max()
+    together, alone = (
+        ids(c for part in parts for c in sample.generate(llm, part, 1, 12, 0))
+        for parts in ([prompts], [[prompt] for prompt in prompts])
+    )
+    assert together == alone
+
+
+def test_what_prompts_share_is_run_once(llm, monkeypatch):
+    """Eight prompts of 52 tokens, 50 of them shared: 66 tokens, one prefill; 65 would be two."""
+    prompts, sizes = [[*range(50), i, i] for i in range(8)], []
+    llm.model.embed_tokens.register_forward_hook(lambda *call: sizes.append(call[2].shape[1]))
+    for most in (66, 65):
+        monkeypatch.setattr(sample.Decoder, "PREFILL_TOKENS", most)
+        sample.generate(llm, prompts, 1, 1)
+    assert sizes == [66, 64, 52]
+
+
 # The law
 
 
