@@ -615,18 +615,23 @@ def win_rate(judge, instructions, ours, theirs):
 def win_rate_of_scores(ours, theirs):
     """(rate, low, high) of a pointwise judge's scores on the same instructions.
 
-    A tie is half a win; None is below any score. low, high: Wilson's 95% interval, which takes
-    ties to vary as much as wins and losses do, and so errs on the wide side.
+    A tie is half a win; None is below any score. low, high: wilson_interval's, which takes ties
+    to vary as much as wins and losses do, and so errs on the wide side.
     """
     n, wins = len(ours), 0
     expect(n > 0, "win rate", "no instruction", "some to compare on")
     for pair in zip(ours, theirs, strict=True):
         a, b = (-math.inf if score is None else score for score in pair)
         wins += (a > b) + 0.5 * (a == b)
-    rate, z = wins / n, 1.959964
+    return wins / n, *wilson_interval(wins / n, n)
+
+
+def wilson_interval(rate, n):
+    """[low, high]: Wilson's 95% interval of a share of n."""
+    z = 1.959964
     middle = (rate + z * z / (2 * n)) / (1 + z * z / n)
     reach = z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return rate, max(0.0, middle - reach), min(1.0, middle + reach)
+    return [max(0.0, middle - reach), min(1.0, middle + reach)]
 
 
 def compare_files(judge, ours_path, theirs_path):

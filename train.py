@@ -377,6 +377,7 @@ def measure(judge, ours, theirs):
         "win_rate": rate,
         "win_rate_interval": [low, high],
         "exact_match": mean(right),
+        "exact_match_interval": judging.wilson_interval(mean(right), len(right)) if right else None,
         "unparsed": 1 - len(cut) / len(outputs),
         "thought_tokens": mean([output["thought_tokens"] for output in cut]),
         "response_tokens": mean([output["response_tokens"] for output in cut]),
@@ -440,6 +441,14 @@ def percent(value):
     return "-" if value is None else f"{100 * value:.1f}%"
 
 
+def with_interval(row, key):
+    """A share and its 95% interval, as in 57.5% (42 to 71)."""
+    if row[key] is None:
+        return "-"
+    low, high = row[f"{key}_interval"]
+    return f"{percent(row[key])} ({100 * low:.0f} to {100 * high:.0f})"
+
+
 def number(value, digits=1):
     return "-" if value is None else f"{value:.{digits}f}"
 
@@ -459,13 +468,12 @@ def report(rows_of_runs):
                 continue
             asked = LABELS.get(row["thought"], "to think")
             label = f"iteration {row['iteration']}" if row["iteration"] else f"seed, asked {asked}"
-            low, high = row["win_rate_interval"]
             table.append(
                 [
                     name,
                     label,
-                    percent(row["exact_match"]),
-                    f"{percent(row['win_rate'])} ({percent(low)} to {percent(high)})",
+                    with_interval(row, "exact_match"),
+                    with_interval(row, "win_rate"),
                     number(row["score"], 3),
                     percent(row["unparsed"]),
                     number(row["thought_tokens"]),
@@ -474,11 +482,11 @@ def report(rows_of_runs):
             )
             by_category = row["by_category"]
             categories[0] += [key for key in by_category if key not in categories[0]]
-            cells = {key: percent(value["exact_match"]) for key, value in by_category.items()}
+            cells = {key: with_interval(value, "exact_match") for key, value in by_category.items()}
             categories.append([name, label, *(cells.get(key, "-") for key in categories[0][2:])])
     text = markdown(table)
     if len(categories[0]) > 2:
-        text += "\n\nExact match by category:\n\n" + markdown(categories)
+        text += "\n\nExact match by category, 95% intervals:\n\n" + markdown(categories)
     return text
 
 

@@ -245,6 +245,27 @@ def test_exact_match(response, answer, right):
     assert train.exact_match(response, answer) is right
 
 
+def validation_rows(responses, **fields):
+    counts = {"score": 1.0, "thought_tokens": 3, "response_tokens": 1}
+    return [
+        {"instruction": "?", **fields, "outputs": [{"response": r, **counts}]} for r in responses
+    ]
+
+
+def test_exact_match_has_an_interval_over_the_instructions_with_answers():
+    """81 of 263: R's prop.test(81, 263, correct = FALSE), as in test_judge.py."""
+    asked = validation_rows(["7"] * 81 + ["8"] * 181 + [None], answer="7", category="sum")
+    free = validation_rows(["7"] * 50, category="chat")
+    rows, chat = (train.measure(None, part, part) for part in (asked + free, free))
+    assert rows["count"] == 313 and rows["exact_match"] == 81 / 263
+    assert rows["exact_match_interval"] == pytest.approx([0.2553, 0.3662], abs=6e-5)
+    assert chat["exact_match"] is chat["exact_match_interval"] is None
+    row = {"stage": "validation", "iteration": 1, "thought": "none", **rows}
+    table = train.report({"run": [{**row, "by_category": {"chat": chat, "sum": rows}}]})
+    assert "| run | iteration 1 | 30.8% (26 to 37) | 50.0% (44 to 56) |" in table
+    assert "| run | iteration 1 | -    | 30.8% (26 to 37) |" in table
+
+
 def test_thought_prompts_are_the_papers():
     assert thought_prompt("{instruction}?", "none") == "{instruction}?"
     for style, marker in (("specific", '"<R>".'), ("generic", '"Here is my response:".')):
