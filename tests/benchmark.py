@@ -6,6 +6,7 @@
 
 A peer that is not installed is left out and said to be. All runs of one table alternate in one
 process, are repeated, and are given as median (lowest to highest); compare ratios, not seconds.
+At the end stands which of the README's ratios still hold; exit status 1 where one does not.
 """
 
 import argparse
@@ -24,6 +25,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import sample
 from model import DTYPES, Config, KVCache, LanguageModel
+
+# The README's ratios: its row, which is also the variant's name here, its figure, and what upholds
+# it, "at least" or "at most" a bound. tests/test_readme.py holds both to the same rows.
+CLAIMS = {
+    "rows wait for the slowest, as in a plain loop": (2.5, "at least", 2.0),
+    "each prompt prefilled K times": (1.2, "at least", 1.1),
+    "transformers' `generate`, 24 rows": (4.6, "at least", 4.0),
+    "transformers' `generate`, 96 rows": (4.3, "at least", 4.0),
+}
 
 # Public sizes: vocabulary, width, MLP width, layers, heads, KV heads, tied embeddings.
 SHAPES = {
@@ -149,7 +159,7 @@ def sampling(args):
 
     variants = {
         "generate": ours,
-        "rows wait for the slowest": waiting_for_the_slowest,
+        "rows wait for the slowest, as in a plain loop": waiting_for_the_slowest,
         "each prompt prefilled K times": lambda: ours([p for p in prompts for _ in range(8)], 1),
     }
     if args.device != "cpu":
@@ -157,18 +167,19 @@ def sampling(args):
     if installed("transformers"):
         peer = transformers_model(model)
         for rows in (24, 96):
-            variants[f"transformers generate, {rows} rows"] = lambda rows=rows: their_rate(
+            variants[f"transformers' `generate`, {rows} rows"] = lambda rows=rows: their_rate(
                 peer, prompts, rows, longest, stops, args.device
             )
     print(f"sampling, {shape}: {count} prompts x 8, at most {longest} new tokens, {slots} slots")
     results = alternate(variants, 1 if args.short else args.repeats)
     base = statistics.median(results["generate"])
+    ratios = {name: base / statistics.median(rates) for name, rates in results.items()}
     for name, rates in results.items():
-        ratio = base / statistics.median(rates)
-        print(f"  {name:34} {spread(rates)} tokens/s   ratio {ratio:.2f}")
+        print(f"  {name:46} {spread(rates)} tokens/s   ratio {ratios[name]:.2f}")
     steps, rows = sum(d.steps for d in decoders), sum(d.rows for d in decoders)
     print(f"  slots in use on average: {rows / steps:.1f} of {slots}")
     roofline(model, slots, base, int(np.mean(lengths)) + average // 2)
+    return ratios
 
 
 def without_graphs(ours):
@@ -257,20 +268,20 @@ def their_rate(peer, prompts, rows, longest, stops, device):
 def judging(args):
     """Tokens a second of a pointwise judge, beside transformers' padded batches."""
     if not installed("transformers"):
-        return
+        return {}
     if args.texts is None:
         print("judge: left out; --texts FILE gives it real responses")
-        return
+        return {}
     import benchmark_judge
 
-    benchmark_judge.run(
+    return benchmark_judge.run(
         argparse.Namespace(
             responses=args.texts,
             instructions=16,
             num_responses=8,
             rounds=1 if args.short else args.repeats,
             threads=torch.get_num_threads(),
-            batch_sizes=[8],
+            batch_sizes=[8] if args.short else [4, 8, 16],
             batch_tokens=[2048],
         )
     )
@@ -280,7 +291,25 @@ def training(args):
     """Seconds an epoch and peak memory of DPO, beside TRL's."""
     import benchmark_dpo
 
-    benchmark_dpo.run(args)
+    return benchmark_dpo.run(args)
+
+
+def check_claims(measured, timed=True):
+    """Prints of every claim whether it holds; returns how many no longer do.
+
+    measured: {name: ratio}. timed: false where the sizes are not the README's, so nothing follows.
+    """
+    lost = 0
+    for name, (stated, side, bound) in CLAIMS.items():
+        if name not in measured:
+            verdict, found = "not measured", "-"
+        else:
+            ratio, found = measured[name], f"{measured[name]:.2f}"
+            holds = ratio >= bound if side == "at least" else ratio <= bound
+            lost += timed and not holds
+            verdict = "other sizes" if not timed else "holds" if holds else "no longer holds"
+        print(f"{verdict}: {name}: measured {found}, README {stated}, {side} {bound}")
+    return lost
 
 
 PARTS = {"sampling": sampling, "judge": judging, "dpo": training}
@@ -303,8 +332,13 @@ def main():
         f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "
         f"torch {torch.__version__}"
     )
+    measured = {}
     for part in [args.part] if args.part else PARTS:
-        PARTS[part](args)
+        measured |= PARTS[part](args)
+    other = (
+        args.short or args.shape or args.slots or (args.device, args.dtype) != ("cpu", "float32")
+    )
+    sys.exit(1 if check_claims(measured, timed=not other) else 0)
 
 
 if __name__ == "__main__":

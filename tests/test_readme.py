@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import benchmark
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,6 +68,32 @@ def test_line_counts_are_true():
     assert {file for file, _ in counts} == {f"{module}.py" for module in MODULES}
     for file, count in counts:
         assert len((ROOT / file).read_text().splitlines()) == int(count), file
+
+
+def test_the_ratios_are_those_that_the_benchmark_checks():
+    """Every row that ends in a ratio is a claim, every claim such a row, and it upholds itself."""
+    _, _, numbers = README.partition("## Numbers")
+    rows = re.findall(
+        r"^\| (.+?) \|.*\| (\d+\.\d+) \|$", numbers.partition("\n## ")[0], re.MULTILINE
+    )
+    claims = {row: stated for row, (stated, _, _) in benchmark.CLAIMS.items()}
+    assert {row: float(ratio) for row, ratio in rows} == claims
+    assert benchmark.check_claims(claims) == 0
+
+
+def test_the_benchmark_says_which_claims_no_longer_hold(monkeypatch, capsys):
+    claims = {"speed": (4.5, "at least", 4.0), "memory": (0.3, "at most", 0.4)}
+    monkeypatch.setattr(benchmark, "CLAIMS", claims)
+    for measured, timed, lost, verdicts in (
+        ({"speed": 4.0, "memory": 0.4, "other": 0.0}, True, 0, ["holds", "holds"]),
+        ({"speed": 3.99}, True, 1, ["no longer holds", "not measured"]),
+        ({"memory": 0.41, "speed": 9.0}, True, 1, ["holds", "no longer holds"]),
+        ({"speed": 0.5, "memory": 2.0}, False, 0, ["other sizes"] * 2),
+    ):
+        assert benchmark.check_claims(measured, timed) == lost
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.partition(":")[0] for line in lines] == verdicts
+    assert lines[0] == "other sizes: speed: measured 0.50, README 4.5, at least 4.0"
 
 
 def test_named_options_exist(help_of):
