@@ -188,9 +188,11 @@ def test_a_second_process_is_refused_and_sigterm_says_how_to_go_on(world, tmp_pa
     )
     while not (tmp_path / "run" / "options.json").exists():
         time.sleep(0.05)
+    first.send_signal(signal.SIGSTOP)  # else it may end before the second has begun
     second = run(world, tmp_path / "run")
-    assert second.returncode == 2 and "another process" in second.stderr
     first.send_signal(signal.SIGTERM)
+    first.send_signal(signal.SIGCONT)
+    assert second.returncode == 2 and "another process" in second.stderr
     _, stderr = first.communicate()
     last = stderr.decode().strip().splitlines()[-1]
     assert first.returncode == 130 and "the same command goes on" in last
