@@ -285,7 +285,7 @@ def test_a_failed_save_leaves_nothing_under_the_name(write, tiny, tmp_path, monk
 
     with monkeypatch.context() as broken:
         broken.setattr(f"model.{write}", fail)
-        with pytest.raises(OSError, match="No space"):
+        with pytest.raises(model.InputError, match="cannot be written: No space"):
             model.save_model(model.load_model(tiny), tmp_path / "saved", tiny)
     assert not (tmp_path / "saved").exists()
     model.save_model(model.load_model(tiny), tmp_path / "saved", tiny)  # the remains do not disturb
