@@ -101,14 +101,13 @@ class Run:
                 raise InputError(f"--{name}: found none, expected a path")
         self.folder = Path(self.options.output or f"runs/{self.sampling.thought}")
         self.device, self.dtype = check_device(self.options.device), DTYPES[self.options.dtype]
-        self.folders, self.revisions = {}, {}  # of a hub id, the run keeps to its first revision
         file = self.folder / "options.json"
         kept = read_json(file) if file.exists() and not overwrite else {}
-        for name in ("model", "judge"):
-            path, revision = getattr(self.options, name), f"{name}_revision"
-            self.folders[name] = checkpoint_folder(path, kept.get(revision))
-            hub = not os.path.isdir(path)
-            self.revisions[revision] = self.folders[name].name if hub else None
+        self.folders = {}
+        for name in ("model", "judge"):  # of a hub id, the revision that the run began with
+            path = getattr(self.options, name)
+            revision = kept.get(f"{name}_revision") if kept.get(name) == path else None
+            self.folders[name] = checkpoint_folder(path, revision)
         self.where = "before the first stage"  # what a stopped run says of itself
         self.log_rows = []
 
@@ -576,9 +575,9 @@ def check_same_run(run):
     for part in (run.options, run.sampling, run.judging, run.dpo):
         values |= asdict(part)
     del values["output"]  # a run's folder may be moved
-    values |= run.revisions
     for name, folder in run.folders.items():
         values[f"{name}_sha256"] = folder_hash(folder)
+        values[f"{name}_revision"] = None if os.path.isdir(values[name]) else folder.name
     for name in ("instructions", "validation"):
         values[f"{name}_sha256"] = file_hash(values[name])
     file = run.folder / "options.json"

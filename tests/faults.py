@@ -1,6 +1,6 @@
 """One run of train.py stopped at every change that it makes to its folder, and gone on with.
 
-python tests/faults.py kill EXPECTED OUTPUT 1 --recipe recipe.json
+python tests/faults.py kill EXPECTED OUTPUT EVERY --recipe recipe.json
 
 kill: SIGKILL before each file opened to be written, renamed or removed, each folder made or
 removed, and each group of rows made safe; so also between writing and renaming, and just after.
@@ -8,9 +8,9 @@ full: the disk is full from that change on, and has room again for the next star
 a small tmpfs where one can be mounted, and elsewhere the system's limit on the size of a file
 refuses the bytes.
 
-Then the same command goes on, up to the next change at which no run was stopped yet; with a number
-above 1, to every so manieth. In the end OUTPUT has the bytes of EXPECTED, the folder of a run that
-nothing stopped. Every start is a fork of this process, which has imported torch once.
+Then the same command goes on, up to the next change that no start came to before, or the EVERYth
+such change. In the end OUTPUT/run has the bytes of EXPECTED, the folder of a run that nothing
+stopped. Every start is a fork of this process, which has imported torch once.
 """
 
 import json
@@ -91,9 +91,9 @@ def watch(folder, seen, record, every, act):
             path = arguments[0]
         else:
             return
-        if isinstance(path, str | Path) and not str(path).startswith("/"):
-            change(event, path)  # by shutil.rmtree, within a folder that it has open
-        elif str(path).startswith(f"{folder}"):
+        inside = str(path).startswith(str(folder))
+        by_rmtree = not os.path.isabs(str(path))  # a name within a folder that it has open
+        if not isinstance(path, int) and (inside or by_rmtree):
             change(event, path)
 
     def fsync(descriptor):
