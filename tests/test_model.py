@@ -401,7 +401,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         raise OSError("disk full")
 
     model.write_jsonl(tmp_path / "rows", [{"old": 1}])
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(model.InputError, match="rows: cannot be written: disk full"):
         model.write_jsonl(tmp_path / "rows", rows())
     assert list(model.read_jsonl(tmp_path / "rows")) == [(1, {"old": 1})]
     assert [p.name for p in tmp_path.iterdir()] == ["rows"]
