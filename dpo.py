@@ -52,6 +52,7 @@ from model import (
     stream,
     weight_files,
     widen,
+    write_aside,
     write_json,
 )
 
@@ -465,24 +466,18 @@ def fill_reference(model, pairs, options, state, inputs):
 
 def save_state(folder, optimizer, mark):
     """Moments, weights and step as folder/step-N, written aside and renamed; older ones go."""
-    folder = Path(folder)
-    aside, final = folder / "step.partial", folder / f"step-{optimizer.steps}"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    save_shards(optimizer.state, aside)
-    write_json(aside / "mark.json", mark)
-    for file in aside.iterdir():
-        with open(file, "rb") as written:
-            os.fsync(written.fileno())
-    older = list(folder.glob("step-*"))
-    os.replace(aside, final)
-    for path in older:
+    final = Path(folder, f"step-{optimizer.steps}")
+    with write_aside(final, folder=True) as aside:
+        save_shards(optimizer.state, aside)
+        write_json(aside / "mark.json", mark)
+    for path in set(final.parent.glob("step-*")) - {final}:
         shutil.rmtree(path)
 
 
 def load_state(folder, optimizer, mark):
     """Puts the last saved state into the optimizer and its model; returns the last ended epoch."""
-    steps = [int(path.name.removeprefix("step-")) for path in Path(folder).glob("step-*")]
+    whole = Path(folder).glob("step-*[0-9]")  # what a kill cut short ends in .partial
+    steps = [int(path.name.removeprefix("step-")) for path in whole]
     if not steps:
         return 0
     last = Path(folder) / f"step-{max(steps)}"

@@ -12,11 +12,13 @@ block, model, cache, weights, tokenizer. Nothing here knows of thoughts, judges 
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import json
 import math
 import os
 import re
+import resource
 import shutil
 import signal
 import sys
@@ -72,20 +74,41 @@ def run_main(main):
 
 
 @contextlib.contextmanager
-def write_aside(path):
+def naming(path):
+    """Refuses by the name of its file a write that fails where errors do not say: a full disk."""
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        if getattr(error, "filename", None):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path}: cannot be written: {reason}") from None
+
+
+@contextlib.contextmanager
+def write_aside(path, folder=False):
     """Yields a path beside `path`; renamed to it when the block ends well, removed when not.
 
-    So a file under its final name is whole: a kill at any moment leaves the old one or the new.
+    So a file, or a folder, under its final name is whole: a kill at any moment leaves the old one
+    or the new. The folder to be filled is made here, empty.
     """
     path = Path(path)
     aside = path.with_name(path.name + ".partial")
     try:
-        yield aside
-        with open(aside, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, path)
+        if folder:
+            shutil.rmtree(aside, ignore_errors=True)  # what a kill left
+            aside.mkdir(parents=True)
+        with naming(path):
+            yield aside
+            for file in aside.iterdir() if folder else [aside]:
+                with open(file, "rb") as written:
+                    os.fsync(written.fileno())
+            os.replace(aside, path)
     finally:
-        aside.unlink(missing_ok=True)
+        if folder:
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            aside.unlink(missing_ok=True)
 
 
 def write_json(path, value):
@@ -147,11 +170,13 @@ def write_groups(path, key, make_groups):
     groups = path.with_name(path.name + ".groups")
     if not path.exists():
         done = resume_groups(groups, key)
-        with open(groups, "ab") as file:
+        with open(groups, "ab", buffering=0) as file:
             for rows in make_groups(done):
-                file.write(json.dumps(rows, ensure_ascii=False).encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
+                line = json.dumps(rows, ensure_ascii=False).encode() + b"\n"
+                with naming(groups):
+                    while line:  # the system may take a part
+                        line = line[file.write(line) :]
+                    os.fsync(file.fileno())
         with open(groups, "rb") as file:
             next(file)
             write_jsonl(path, (row for line in file for row in parse_json(groups, line)))
@@ -260,33 +285,42 @@ def stream(seed, *names):
     return np.random.default_rng(np.frombuffer(digest, dtype=np.uint32))
 
 
-def checkpoint_folder(path):
-    """The folder of a checkpoint: `path` itself, or a hub id downloaded to the hub's own cache."""
+def checkpoint_folder(path, revision=None):
+    """The folder of a checkpoint: `path` itself, or a hub id downloaded to the hub's own cache.
+
+    revision: the commit to take of a hub id (default: the newest). The name of the folder is it.
+    """
     path = str(path)
     if os.path.isdir(path):
         return Path(path)
     expect(not os.path.exists(path), path, "a file", "a checkpoint folder")
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", path):
         raise InputError(f"{path}: no such folder")
+    return hub_folder(path, revision)
+
+
+@functools.cache  # the hub is asked once: it may have another revision the next time
+def hub_folder(name, revision):
     from huggingface_hub import HfApi, snapshot_download  # installed with tokenizers
 
-    revision, reason = None, None
+    def download(**where):
+        kinds = ["*.json", "*.safetensors", "*.jinja"]
+        patterns = {"allow_patterns": kinds, "ignore_patterns": ["*/*"]}
+        return Path(snapshot_download(name, revision=revision, **patterns, **where))
+
+    if revision:
+        with contextlib.suppress(Exception):  # downloaded before, it needs no answer of the hub
+            return download(local_files_only=True)
+    reason = None
     try:  # the download asks for the revision too, but would wait for an answer without end
-        revision = HfApi().model_info(path, timeout=10).sha
+        revision = HfApi().model_info(name, revision=revision, timeout=10).sha
     except Exception as error:  # the hub's client fails in many ways; each is one line here
         reason = error
-    try:
-        folder = snapshot_download(
-            path,
-            revision=revision,
-            allow_patterns=["*.json", "*.safetensors", "*.jinja"],
-            ignore_patterns=["*/*"],
-            local_files_only=revision is None,  # without an answer, what was downloaded before
-        )
+    try:  # without an answer, what was downloaded before
+        return download(local_files_only=reason is not None)
     except Exception as error:
         reason = f"{type(reason or error).__name__}: {reason or error}"
-        raise InputError(f"{path}: no such folder, and the hub gave none ({reason})") from None
-    return Path(folder)
+        raise InputError(f"{name}: no such folder, and the hub gave none ({reason})") from None
 
 
 def inside(folder, name):
@@ -797,10 +831,7 @@ def save_model(model, path, source):
     path, source = Path(path), checkpoint_folder(source)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise InputError(f"{path}: already exists, expected a folder still to be made")
-    aside = path.with_name(path.name + ".partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
+    with write_aside(path, folder=True) as aside:
         tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
         save_shards(tensors, aside)
         config = read_json(inside(source, "config.json"))
@@ -810,12 +841,6 @@ def save_model(model, path, source):
         for name in COPIED_FILES:
             if (source / name).is_file():
                 shutil.copyfile(inside(source, name), aside / name)
-        for file in aside.iterdir():
-            with open(file, "rb") as written:
-                os.fsync(written.fileno())
-        os.replace(aside, path)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def save_shards(tensors, folder):
@@ -910,6 +935,7 @@ def load_tokenizer(path):
 
 TEMPLATE_SECONDS = 2.0
 TEMPLATE_CHARACTERS = 10_000_000
+TEMPLATE_BYTES = 2**27  # beyond what the process holds before
 
 
 def read_template(folder, config):
@@ -943,29 +969,51 @@ def read_template(folder, config):
             source = file.read_text(encoding="utf-8")
         if isinstance(source, list):  # several named templates
             source = {template["name"]: template["template"] for template in source}.get("default")
-        return None if source is None else environment.from_string(source)
-    except (jinja2.TemplateError, TypeError, KeyError, ValueError, RecursionError) as error:
-        raise InputError(f"{folder}: chat_template: does not parse: {error}") from None
+        with bounded():  # constant parts are computed as it is compiled
+            return None if source is None else environment.from_string(source)
+    except Exception as error:  # as in render_chat
+        reason = f"does not parse: {type(error).__name__}: {error}"
+        raise InputError(f"{folder}: chat_template: {reason}") from None
 
 
-def render(template, values):
-    """A template's text; refuses one that runs or writes without end."""
-    deadline = time.monotonic() + TEMPLATE_SECONDS
+@contextlib.contextmanager
+def bounded():
+    """Ends a stranger's template that runs on (TimeoutError) or takes much memory (MemoryError).
+
+    Memory is the process's own limit, the only one that holds inside a call of C; Linux alone
+    tells how much is in use, so elsewhere there is none.
+    """
+    deadline = time.thread_time() + TEMPLATE_SECONDS  # so a busy machine fails no template
 
     def watch(frame, event, argument):
-        if time.monotonic() > deadline:
+        if time.thread_time() > deadline:
             raise TimeoutError(f"still running after {TEMPLATE_SECONDS} s")
         return watch
 
-    text, outer = "", sys.gettrace()
+    outer, (soft, hard) = sys.gettrace(), resource.getrlimit(resource.RLIMIT_AS)
+    if sys.platform == "linux":
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        most = pages * resource.getpagesize() + TEMPLATE_BYTES
+        most = most if soft == resource.RLIM_INFINITY else min(soft, most)
+        resource.setrlimit(resource.RLIMIT_AS, (most, hard))
     sys.settrace(watch)
     try:
+        yield
+    except MemoryError:
+        raise MemoryError(f"takes over {TEMPLATE_BYTES >> 20} MiB") from None
+    finally:
+        sys.settrace(outer)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def render(template, values):
+    """A template's text; refuses one that runs, grows or writes without end."""
+    text = ""
+    with bounded():
         for piece in template.generate(**values):
             text += piece
             if len(text) > TEMPLATE_CHARACTERS:
                 raise ValueError(f"wrote over {TEMPLATE_CHARACTERS} characters")
-    finally:
-        sys.settrace(outer)
     return text
 
 

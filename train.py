@@ -54,6 +54,7 @@ from model import (
     run_main,
     save_model,
     stream,
+    write_aside,
     write_groups,
     write_json,
     write_jsonl,
@@ -91,7 +92,7 @@ ALL_OPTIONS = (Options, sample.Options, judging.Options, dpo.Options)
 class Run:
     """A run's folder, its options, and its log; what every stage below is handed."""
 
-    def __init__(self, values):
+    def __init__(self, values, overwrite=False):
         self.options, self.sampling, self.judging, self.dpo = (
             read_options(options, values) for options in ALL_OPTIONS
         )
@@ -100,7 +101,13 @@ class Run:
                 raise InputError(f"--{name}: found none, expected a path")
         self.folder = Path(self.options.output or f"runs/{self.sampling.thought}")
         self.device, self.dtype = check_device(self.options.device), DTYPES[self.options.dtype]
-        self.seed_folder = checkpoint_folder(self.options.model)
+        file = self.folder / "options.json"
+        kept = read_json(file) if file.exists() and not overwrite else {}
+        self.folders = {}
+        for name in ("model", "judge"):  # of a hub id, the revision that the run began with
+            path = getattr(self.options, name)
+            revision = kept.get(f"{name}_revision") if kept.get(name) == path else None
+            self.folders[name] = checkpoint_folder(path, revision)
         self.where = "before the first stage"  # what a stopped run says of itself
         self.log_rows = []
 
@@ -109,13 +116,13 @@ class Run:
 
     def policy_folder(self, t):
         """The folder of M_t: the seed, or what iteration t trained."""
-        return self.iteration_folder(t) / "checkpoint" if t else self.seed_folder
+        return self.iteration_folder(t) / "checkpoint" if t else self.folders["model"]
 
     def load_policy(self, t):
         return load_model(self.policy_folder(t), self.device, self.dtype)
 
     def load_judge(self):
-        return judging.load_judge(self.options.judge, self.device, self.dtype, self.judging)
+        return judging.load_judge(self.folders["judge"], self.device, self.dtype, self.judging)
 
     def log(self, row, *keys):
         """Adds a row to log.jsonl; one that a killed process wrote under the same keys goes."""
@@ -125,11 +132,13 @@ class Run:
         write_jsonl(self.folder / "log.jsonl", self.log_rows)
 
     def finished(self, path, stage, t):
-        """Whether a stage's file is there, and is the one that the log tells of."""
+        """Whether a stage's file is there and in the log, and is the one that the log tells of."""
         for row in self.log_rows if path.exists() else ():
-            if (row["stage"], row["iteration"]) == (stage, t) and row["sha256"] != file_hash(path):
+            if (row["stage"], row["iteration"]) == (stage, t):
+                if row["sha256"] == file_hash(path):
+                    return True
                 raise InputError(f"{path}: changed since the run wrote it; --overwrite starts anew")
-        return path.exists()
+        return False
 
 
 def release():
@@ -194,7 +203,7 @@ def write_samples(run, model, rows, style, name, path, num_samples=None):
         seed=f"{run.sampling.seed}/{name}",
         num_samples=num_samples or run.sampling.num_samples,
     )
-    tokenizer = load_tokenizer(run.seed_folder)
+    tokenizer = load_tokenizer(run.folders["model"])
     write_groups(
         path,
         asdict(options),
@@ -239,7 +248,7 @@ def train_stage(run, t, held_out):
     if (folder / "checkpoint").exists() or (last / "validation.jsonl").exists():
         return
     run.where = f"in iteration {t}, DPO"
-    tokenizer, config = load_tokenizer(run.seed_folder), read_config(run.policy_folder(t - 1))
+    tokenizer, config = load_tokenizer(run.folders["model"]), read_config(run.policy_folder(t - 1))
     pairs = dpo.read_pairs(folder / "pairs.jsonl", tokenizer, config)
     estimate = dpo.check_memory(config, pairs, run.dpo, run.device, run.dtype)
     if run.device.type == "cuda":
@@ -294,7 +303,8 @@ def select_stage(run, t):
         say(f"iteration {t}: epoch {kept['epoch']} of {run.dpo.epochs} kept; {describe(kept)}")
         epoch = folder / f"epoch-{kept['epoch']}"
         for name in ("validation.jsonl", "validation-scores.jsonl"):
-            shutil.copyfile(epoch / name, folder / name)
+            with write_aside(folder / name) as aside:
+                shutil.copyfile(epoch / name, aside)
         os.replace(epoch / "checkpoint", folder / "checkpoint")
     for path in [*folder.glob("epoch-*"), folder / "state"]:
         shutil.rmtree(path, ignore_errors=True)
@@ -316,7 +326,8 @@ def validate_seed(run, held_out):
     folder = run.iteration_folder(0)
     styles = list(dict.fromkeys(("none", run.sampling.thought)))
     paths = {style: folder / f"validation-{style}.jsonl" for style in styles}
-    if all(scores_path(path).exists() for path in paths.values()):
+    logged = [row for row in run.log_rows if (row["stage"], row["iteration"]) == ("validation", 0)]
+    if len(logged) == len(styles):
         return
     run.where = "validating the seed"
     folder.mkdir(exist_ok=True)
@@ -547,7 +558,7 @@ def lock_folder(run, overwrite):
 
 def check_prompts(run, rows, held_out):
     """Refuses, before the long work, prompts beyond the context and DPO beyond the memory."""
-    tokenizer, config = load_tokenizer(run.seed_folder), read_config(run.seed_folder)
+    tokenizer, config = load_tokenizer(run.folders["model"]), read_config(run.folders["model"])
     longest = 0
     for path, part in ((run.options.instructions, rows), (run.options.validation, held_out)):
         prompts = sample.make_prompts(part, tokenizer, run.sampling, config, path)
@@ -572,8 +583,9 @@ def check_same_run(run):
     for part in (run.options, run.sampling, run.judging, run.dpo):
         values |= asdict(part)
     del values["output"]  # a run's folder may be moved
-    for name in ("model", "judge"):
-        values[f"{name}_sha256"] = folder_hash(checkpoint_folder(values[name]))
+    for name, folder in run.folders.items():
+        values[f"{name}_sha256"] = folder_hash(folder)
+        values[f"{name}_revision"] = None if os.path.isdir(values[name]) else folder.name
     for name in ("instructions", "validation"):
         values[f"{name}_sha256"] = file_hash(values[name])
     file = run.folder / "options.json"
@@ -593,7 +605,7 @@ def check_same_run(run):
 def check_disk(run):
     """Says how much disk the run takes and refuses to begin where it is not there."""
     with torch.device("meta"):
-        model = LanguageModel(read_config(run.seed_folder))
+        model = LanguageModel(read_config(run.folders["model"]))
     numbers = sum(p.numel() for p in model.parameters())
     weights = numbers * run.dtype.itemsize
     state = weights + 4 * numbers * (2 if run.dtype == torch.float32 else 3)
@@ -634,7 +646,7 @@ def main():
     if recipe is None and "model" not in flags:
         recipe = TOY_RECIPE
     names = {item.name for options in ALL_OPTIONS for item in fields(options)}
-    run = Run({**(read_recipe(recipe, names) if recipe else {}), **flags})
+    run = Run({**(read_recipe(recipe, names) if recipe else {}), **flags}, overwrite)
     rows, held_out = begin(run, overwrite)
     try:
         tpo(run, rows, held_out)

@@ -455,17 +455,20 @@ def test_half_written_states_are_passed_over(tiny, tmp_path, monkeypatch):
     expected = train_all(tiny, pairs, options)
     replace, calls = os.replace, []
 
-    def fail_third(source, target):
-        calls.append(target)
-        if len([c for c in calls if "step-" in str(c)]) == 2:
-            raise Stop
+    def fail_second(source, target):
+        if target.name.startswith("step-"):
+            calls.append(target)
+            if len(calls) == 2:
+                source.rename(tmp_path / "half")  # as a kill would leave it
+                raise Stop
         replace(source, target)
 
-    monkeypatch.setattr(dpo.os, "replace", fail_third)
+    monkeypatch.setattr(dpo.os, "replace", fail_second)
     with pytest.raises(Stop):
         train_all(tiny, pairs, options, state)
     monkeypatch.undo()
-    assert (state / "step.partial").exists() and (state / "step-3").exists()
+    (tmp_path / "half").rename(f"{calls[1]}.partial")
+    assert {path.name for path in state.glob("step-*")} == {"step-3", f"{calls[1].name}.partial"}
     result = train_all(tiny, pairs, options, state)
     assert all(torch.equal(result[name], expected[name]) for name in expected)
 

@@ -314,7 +314,7 @@ def test_a_failed_save_leaves_nothing_under_the_name(write, tiny, tmp_path, monk
 
     with monkeypatch.context() as broken:
         broken.setattr(f"model.{write}", fail)
-        with pytest.raises(OSError, match="No space"):
+        with pytest.raises(model.InputError, match="cannot be written: No space"):
             model.save_model(model.load_model(tiny), tmp_path / "saved", tiny)
     assert not (tmp_path / "saved").exists()
     model.save_model(model.load_model(tiny), tmp_path / "saved", tiny)  # the remains do not disturb
@@ -430,7 +430,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         raise OSError("disk full")
 
     model.write_jsonl(tmp_path / "rows", [{"old": 1}])
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(model.InputError, match="rows: cannot be written: disk full"):
         model.write_jsonl(tmp_path / "rows", rows())
     assert list(model.read_jsonl(tmp_path / "rows")) == [(1, {"old": 1})]
     assert [p.name for p in tmp_path.iterdir()] == ["rows"]

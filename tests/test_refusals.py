@@ -5,6 +5,7 @@ python -m pytest tests/test_refusals.py
 
 import json
 import os
+import resource
 import shutil
 import struct
 import subprocess
@@ -170,7 +171,9 @@ def test_a_hub_id_without_a_network(tmp_path):
 def test_a_hub_id_is_downloaded_or_taken_from_the_cache(answers, tiny, monkeypatch):
     import huggingface_hub
 
-    def model_info(self, name, timeout):
+    model.hub_folder.cache_clear()
+
+    def model_info(self, name, revision, timeout):
         if not answers:
             raise TimeoutError("no answer")
         return huggingface_hub.ModelInfo(id=name, sha="0123abc", tags=[])
@@ -183,6 +186,7 @@ def test_a_hub_id_is_downloaded_or_taken_from_the_cache(answers, tiny, monkeypat
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert model.checkpoint_folder("org/name-1.0") == tiny
+    model.hub_folder.cache_clear()
 
 
 # Weights
@@ -402,6 +406,34 @@ TEMPLATES = {
     "globals of jinja": ("{{ cycler.__init__.__globals__.os.environ }}", "chat_template"),
     "attributes by filter": ("{{ (strftime_now|attr('__globals__'))['sys'] }}", "chat_template"),
     "format strings": ("{{ '{0.__class__.__mro__}'.format(messages) }}", "chat_template"),
+    "lists doubled": (
+        "{% set n = namespace(l=[0]) %}{% for a in range(40) %}{% set n.l = n.l + n.l %}"
+        "{% endfor %}{{ n.l|length }}",
+        "chat_template",
+        "MiB",
+    ),
+    "squared by replacing": (
+        "{% set n = namespace(s='xxxxxxxxxx') %}{% for a in range(9) %}"
+        "{% set n.s = n.s|replace('x', n.s) %}{% endfor %}{{ n.s|length }}",
+        "chat_template",
+        "MiB",
+    ),
+    "doubled by formatting": (
+        "{% set n = namespace(s='x') %}{% for a in range(40) %}{% set n.s = '%s%s' % (n.s, n.s) %}"
+        "{% endfor %}{{ n.s|length }}",
+        "chat_template",
+        "MiB",
+    ),
+    "a nested list as text": (
+        "{% set n = namespace(l=['xxxxxxxxxxxxxxxx']) %}{% for a in range(30) %}"
+        "{% set n.l = [n.l, n.l] %}{% endfor %}{{ (n.l|string)|length }}",
+        "chat_template",
+    ),
+    "a growing list": (
+        "{% set n = namespace(l=[]) %}{% for a in range(99999) %}{% for b in range(99999) %}"
+        "{% set n.l = n.l + ['x'|center(999999)] %}{% endfor %}{% endfor %}",
+        "chat_template",
+    ),
     "changed messages": ("{{ messages.append(1) }}", "chat_template"),
     "a file": ("{% include 'config.json' %}", "chat_template"),
     "an endless loop": (
@@ -430,6 +462,7 @@ TEMPLATES = {
         "chat_template",
     ),
     "a wide text": ("{{ 'x'|center(10**13) }}", "chat_template"),
+    "a wide text that fits": ("{{ 'x'|center(3000000000)|length }}", "chat_template"),
     "a wide format": ("{{ '%9999999999999d' % 1 }}", "chat_template"),
     "a wide format call": ("{{ '{:>9999999999999}'.format(1) }}", "chat_template"),
     "a long product": ("{{ 'x' * 10**12 }}", "chat_template"),
@@ -446,14 +479,23 @@ TEMPLATES = {
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_templates(name, folder, monkeypatch):
-    """In time, too: whatever a stranger's template tries, the command goes on or ends soon."""
+    """In time and memory, too: whatever a stranger's template tries, it ends soon and small."""
     template, *parts = TEMPLATES[name]
     edit(folder / "tokenizer_config.json", chat_template=... if template is None else template)
-    tokenizer = model.load_tokenizer(folder)
     monkeypatch.setattr(model, "TEMPLATE_SECONDS", 0.2)
-    began = time.monotonic()
-    refused(lambda: tokenizer.apply_chat_template([{"role": "system", "content": "x"}]), *parts)
-    assert time.monotonic() - began < 3
+    began, limits = time.thread_time(), resource.getrlimit(resource.RLIMIT_AS)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    def use():
+        chat = [{"role": "system", "content": "x"}]
+        model.load_tokenizer(folder).apply_chat_template(chat)
+
+    refused(use, *parts)
+    assert time.thread_time() - began < 5
+    if sys.platform == "linux":
+        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        assert grown < 200 * 2**10, f"{grown} KiB"
+    assert resource.getrlimit(resource.RLIMIT_AS) == limits
 
 
 # Saving

@@ -3,6 +3,7 @@
 pytest tests/test_train.py
 """
 
+import gc
 import json
 import os
 import random
@@ -13,9 +14,13 @@ import sys
 import time
 from pathlib import Path
 
+import faults
+import huggingface_hub
 import pytest
 from conftest import LLAMA, LLAMA_TEMPLATE, byte_tokenizer, write_checkpoint
+from faults import contents
 
+import model
 import train
 from model import InputError, read_jsonl
 from sample import thought_prompt
@@ -84,16 +89,6 @@ def finished(world, tmp_path_factory):
     done = run(world, folder)
     assert done.returncode == 0, done.stderr
     return folder, done.stdout
-
-
-def contents(folder):
-    """The bytes of everything that a run promises to make again: all but log and lock."""
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in files
-        if path.name not in ("log.jsonl", "lock")
-    }
 
 
 def test_the_run_folder_holds_what_the_design_names(finished):
@@ -167,6 +162,66 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(finished, world, tmp_p
     assert kills >= wanted
 
 
+@pytest.mark.parametrize("fault", ["kill", "full"])
+def test_stopped_at_changes_of_its_folder_it_ends_with_the_same_bytes(
+    fault, finished, world, tmp_path
+):
+    """By SIGKILL or a full disk, see faults.py; TPO_EVERY=1 stops at every change, in minutes."""
+    every = os.environ.get("TPO_EVERY", "19")
+    words = [sys.executable, faults.__file__, fault, str(finished[0]), str(tmp_path / "stopped")]
+    done = subprocess.run(
+        [*words, every, "--recipe", str(world / "recipe.json")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    print(done.stdout)
+    assert int(done.stdout.split()[1]) >= 400 // int(every)
+
+
+def test_a_hub_id_is_resolved_once_a_run(world, tmp_path, monkeypatch):
+    """A run that goes on keeps to its revisions and asks the hub for nothing."""
+    asked, newest = [], "aaa"
+
+    def model_info(self, name, revision, timeout):
+        asked.append(name)
+        return huggingface_hub.ModelInfo(id=name, sha=newest, tags=[])
+
+    def download(name, revision, local_files_only, **patterns):
+        folder = tmp_path / name / "snapshots" / revision
+        if not folder.exists():
+            assert not local_files_only
+            shutil.copytree(world / name.removeprefix("org/"), folder)
+        return str(folder)
+
+    def start(*flags):
+        hub = ["--model", "org/policy", "--judge", "org/judge", "--iterations", 1, "--epochs", 1]
+        monkeypatch.setattr(sys, "argv", command(world, tmp_path / "run", *hub, *flags)[1:])
+        asked.clear()
+        model.hub_folder.cache_clear()  # as in a new process
+        train.main()
+
+    def stop(run, t):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    for flags, revision in (((), "aaa"), (("--overwrite",), "bbb")):
+        newest = revision
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(train, "judge_stage", stop)
+            start(*flags)
+        gc.collect()  # the lock of the stopped run
+        assert asked == ["org/policy", "org/judge"]
+        options = json.loads((tmp_path / "run" / "options.json").read_text())
+        assert options["model_revision"] == options["judge_revision"] == revision
+    newest = "ccc"
+    start()
+    assert not asked and (tmp_path / "run" / "iteration-1" / "checkpoint").is_dir()
+    model.hub_folder.cache_clear()
+
+
 def test_other_options_are_refused_by_name(finished, world):
     done = run(world, finished[0], "--beta", 0.2)
     assert done.returncode == 2
@@ -183,9 +238,8 @@ def test_a_changed_file_is_refused(finished, world, tmp_path):
 
 
 def test_a_second_process_is_refused_and_sigterm_says_how_to_go_on(world, tmp_path):
-    first = subprocess.Popen(
-        command(world, tmp_path / "run"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
+    words = command(world, tmp_path / "run", "--epochs", 999)  # longer than the second's start
+    first = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     while not (tmp_path / "run" / "options.json").exists():
         time.sleep(0.05)
     first.send_signal(signal.SIGSTOP)  # else it may end before the second has begun
