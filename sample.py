@@ -168,12 +168,6 @@ class Row:
         """Where the last token goes in the cache: it holds this many positions before it."""
         return self.prompt_length + len(self.completion.ids) - 1
 
-    def append(self, token, stop_ids):
-        """Takes the next token; True when the completion has ended."""
-        self.completion.ids.append(token)
-        self.completion.finished = token in stop_ids
-        return self.completion.finished or len(self.completion.ids) == self.limit
-
 
 class Decoder:
     """A model and its cache: prompts are prefilled together, then slots decode together.
@@ -209,15 +203,12 @@ class Decoder:
         hidden = self.model.model(tokens, positions, keep, kept=ends)[0]  # (n, hidden)
         both = torch.stack(held, dim=1)  # (2, layers, KV, N, head_dim)
         parts = [(both[..., :shared, :], both[..., s:e, :]) for s, e in spans]
-        return parts, self.logits(hidden)
+        return parts, F.linear(hidden, self.model.head)
 
     def fits(self, prompts):
         """Whether prompts are prefilled together: PREFILL_TOKENS, what they share counted once."""
         repeated = (len(prompts) - 1) * shared_length(prompts)
         return sum(map(len, prompts)) - repeated <= self.PREFILL_TOKENS
-
-    def logits(self, hidden):
-        return F.linear(hidden, self.model.head)
 
     def step(self, tokens, positions):
         """The next token's logits (n, V) of the first n slots, given their last tokens.
@@ -234,7 +225,8 @@ class Decoder:
 
     def forward(self, tokens, positions, longest):
         attend = self.cache.step(positions, longest)
-        return self.logits(self.model.model(tokens[:, None], positions[:, None], attend)[:, 0])
+        hidden = self.model.model(tokens[:, None], positions[:, None], attend)[:, 0]  # (n, hidden)
+        return F.linear(hidden, self.model.head)
 
     def replay(self, tokens, positions, longest):
         """`forward` as a CUDA graph: one launch a step instead of hundreds.
@@ -312,11 +304,16 @@ def generate(
         uniforms = torch.tensor(uniforms, dtype=torch.float64, device=logits.device)
         return draw(logits, uniforms, temperature, top_p).tolist()
 
-    def ended(row, token):
-        end = row.append(token, stop_ids)
-        if end and on_end:
-            on_end(row.completion)
-        return end
+    def append(row, token):
+        """Gives a row its next token; True when that ends it."""
+        completion = row.completion
+        completion.ids.append(token)
+        completion.finished = token in stop_ids
+        if not completion.finished and len(completion.ids) < row.limit:
+            return False
+        if on_end:
+            on_end(completion)
+        return True
 
     def prefill():
         """Prefills the next prompts and draws the first token of each of their completions."""
@@ -331,7 +328,7 @@ def generate(
                 row = Row(completion, uniforms.tolist(), len(prompts[i]), limits[i], held)
                 rows.append(row)
         tokens = choose(logits.repeat_interleave(num_samples, dim=0), rows)
-        waiting.extend(r for r, token in zip(rows, tokens, strict=True) if not ended(r, token))
+        waiting.extend(r for r, token in zip(rows, tokens, strict=True) if not append(r, token))
 
     def next_row():
         while queue and not waiting:
@@ -349,7 +346,7 @@ def generate(
             return completions
         last = [row.completion.ids[-1] for row in active]
         tokens = choose(decoder.step(last, [row.position for row in active]), active)
-        gone = [i for i, (row, t) in enumerate(zip(active, tokens, strict=True)) if ended(row, t)]
+        gone = [i for i, (row, t) in enumerate(zip(active, tokens, strict=True)) if append(row, t)]
         for slot in reversed(gone):  # from the last, so that the row moved in is a live one
             row = next_row()
             if row:
