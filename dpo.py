@@ -109,7 +109,7 @@ def dpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejecte
     return losses, chosen_rewards.detach(), rejected_rewards.detach()
 
 
-# Pairs
+# Log-probabilities of outputs, in bounded memory
 
 
 @dataclass
@@ -126,67 +126,6 @@ class Pair:
         """Tokens to compute. An output's last one predicts nothing and is not put in."""
         return len(self.prompt_ids) + len(self.chosen_ids) + len(self.rejected_ids) - 2
 
-
-SIDES = ("prompt", "chosen", "rejected")
-
-
-def read_pairs(path, tokenizer, config):
-    """The pairs of a file, list of Pair; refuses what cannot be trained on, by its line.
-
-    The ids that were sampled are used where they are given; a row of text alone gets its ids from
-    the tokenizer, as TRL does it.
-    """
-    pairs = []
-    for number, row in read_jsonl(path):
-        name = f"{path}:{number}"
-        if any(f"{side}_ids" in row for side in SIDES):
-            ids = [row.get(f"{side}_ids") for side in SIDES]
-        else:
-            for side in SIDES:
-                text = row.get(side)
-                expect(isinstance(text, str), f"{name}: {side}", kind(text), "a text")
-            ids = tokenize_pair(tokenizer, *(row[side] for side in SIDES))
-        for side, side_ids in zip(SIDES, ids, strict=True):
-            check_ids(f"{name}: {side}_ids", side_ids, config.vocab_size)
-        longest = len(ids[0]) + max(len(ids[1]), len(ids[2]))
-        fits = longest <= config.max_positions
-        expect(
-            fits, f"{name}: prompt and output", longest, f"{config.max_positions} tokens at most"
-        )
-        pairs.append(Pair(name, *ids))
-    expect(pairs, path, "no pair", "at least one")
-    return pairs
-
-
-def kind(value):
-    return "nothing" if value is None else f"a {type(value).__name__}"
-
-
-def check_ids(name, ids, vocab_size):
-    found = "an empty list" if ids == [] else kind(ids)
-    expect(isinstance(ids, list) and ids, name, found, "a list of token ids")
-    for i in ids:
-        good = isinstance(i, int) and not isinstance(i, bool) and 0 <= i < vocab_size
-        expect(good, name, repr(i), f"ids from 0 to {vocab_size - 1}")
-
-
-def tokenize_pair(tokenizer, prompt, chosen, rejected):
-    """Texts to the ids of TRL's DPOTrainer: each output ends with the eos token.
-
-    Prompt and output are tokenized together, and the prompt is what both agree on. BOS is added
-    where the tokenizer does so, but not before a prompt that already starts with it.
-    """
-    bos, eos = (tokenizer.special.get(f"{end}_token") for end in ("bos", "eos"))
-    expect(eos is not None, "tokenizer_config.json: eos_token", "none", "the end of every output")
-    add = bos is None or not prompt.startswith(bos)
-    chosen, rejected = (text if text.endswith(eos) else text + eos for text in (chosen, rejected))
-    ids = [tokenizer.encode(text, add) for text in (prompt, prompt + chosen, prompt + rejected)]
-    parted = [len(set(column)) > 1 for column in zip(*ids, strict=False)]
-    shared = [*parted, True].index(True)
-    return ids[0][:shared], ids[1][shared:], ids[2][shared:]
-
-
-# Log-probabilities of outputs, in bounded memory
 
 LOGIT_ROWS = 512  # logits at once: enough for full speed, at 128k tokens 0.25 GiB in float32
 
@@ -269,8 +208,8 @@ def reference_logprobs(model, pairs, options):
         for part in micro_batches(pairs, options.micro_batch_tokens):
             reference += torch.stack(output_logprobs(model, part), dim=1).tolist()  # (B, 2)
     for pair, logprobs in zip(pairs, reference, strict=True):
-        if not all(map(math.isfinite, logprobs)):
-            raise InputError(f"{pair.name}: the model gives it log-probabilities {logprobs}")
+        finite = all(map(math.isfinite, logprobs))
+        expect(finite, f"{pair.name}: log-probabilities", logprobs, "finite numbers")
     return reference
 
 
@@ -294,9 +233,8 @@ def add_gradient(model, batch, options):
         margins = chosen_rewards - rejected_rewards
         record = torch.stack([losses, margins > 0, margins, chosen, rejected], dim=1)  # (B, 5)
         records += record.tolist()
-        for pair, (loss, *_) in zip(part, records[-len(part) :], strict=True):
-            if not math.isfinite(loss):
-                raise InputError(f"{pair.name}: its loss is {loss}")
+        for pair, loss in zip(part, losses.tolist(), strict=True):
+            expect(math.isfinite(loss), f"{pair.name}: loss", loss, "a finite number")
         (losses.sum() / len(batch)).backward()
     means = [sum(column) / len(batch) for column in zip(*records, strict=True)]
     names = ("loss", "accuracy", "margin", "chosen_logprob", "rejected_logprob")
@@ -433,8 +371,65 @@ def blame(model, batch, options):
         model.zero_grad()
         add_gradient(model, [pair], options)
         if not all(p.grad.isfinite().all() for p in model.parameters()):
-            return f"{pair.name}: its gradient is not finite"
+            return f"{pair.name}: gradient: found one that is not finite, expected a finite one"
     return f"{batch[0].name}: its gradient and those of its batch are too large to be added"
+
+
+# Pairs from a file
+
+SIDES = ("prompt", "chosen", "rejected")
+
+
+def read_pairs(path, tokenizer, config):
+    """The pairs of a file, list of Pair; refuses what cannot be trained on, by its line.
+
+    The ids that were sampled are used where they are given; a row of text alone gets its ids from
+    the tokenizer, as TRL does it.
+    """
+    pairs = []
+    for number, row in read_jsonl(path):
+        name = f"{path}:{number}"
+        if any(f"{side}_ids" in row for side in SIDES):
+            ids = [row.get(f"{side}_ids") for side in SIDES]
+        else:
+            for side in SIDES:
+                text = row.get(side)
+                expect(isinstance(text, str), f"{name}: {side}", kind(text), "a text")
+            ids = tokenize_pair(tokenizer, *(row[side] for side in SIDES))
+        for side, side_ids in zip(SIDES, ids, strict=True):
+            check_ids(f"{name}: {side}_ids", side_ids, config.vocab_size)
+        longest, most = len(ids[0]) + max(len(ids[1]), len(ids[2])), config.max_positions
+        expect(longest <= most, f"{name}: prompt and output", longest, f"{most} tokens at most")
+        pairs.append(Pair(name, *ids))
+    expect(pairs, path, "no pair", "at least one")
+    return pairs
+
+
+def kind(value):
+    return "nothing" if value is None else f"a {type(value).__name__}"
+
+
+def check_ids(name, ids, vocab_size):
+    found = "an empty list" if ids == [] else kind(ids)
+    expect(isinstance(ids, list) and ids, name, found, "a list of token ids")
+    wrong = [i for i in ids if type(i) is not int or not 0 <= i < vocab_size][:1]
+    expect(not wrong, name, str(wrong)[1:-1], f"ids from 0 to {vocab_size - 1}")
+
+
+def tokenize_pair(tokenizer, prompt, chosen, rejected):
+    """Texts to the ids of TRL's DPOTrainer: each output ends with the eos token.
+
+    Prompt and output are tokenized together, and the prompt is what both agree on. BOS is added
+    where the tokenizer does so, but not before a prompt that already starts with it.
+    """
+    bos, eos = (tokenizer.special.get(f"{end}_token") for end in ("bos", "eos"))
+    expect(eos is not None, "tokenizer_config.json: eos_token", "none", "the end of every output")
+    add = bos is None or not prompt.startswith(bos)
+    chosen, rejected = (text if text.endswith(eos) else text + eos for text in (chosen, rejected))
+    ids = [tokenizer.encode(text, add) for text in (prompt, prompt + chosen, prompt + rejected)]
+    parted = [len(set(column)) > 1 for column in zip(*ids, strict=False)]
+    shared = [*parted, True].index(True)
+    return ids[0][:shared], ids[1][shared:], ids[2][shared:]
 
 
 # The state of a run: what the same command goes on from
@@ -507,6 +502,8 @@ def load_state(folder, optimizer, mark):
 
 # Memory
 
+GIB = 2**30
+
 
 def memory_parts(config, tokens, options, dtype):
     """Bytes that training takes at most, by part; tokens: of the largest micro-batch."""
@@ -566,9 +563,6 @@ def check_memory(config, pairs, options, device, dtype):
         fits = parts["optimizer"] < host
         expect(fits, "--optimizer-device cpu", f"{host / GIB:.2f} GiB", need)
     return peak
-
-
-GIB = 2**30
 
 
 def peak_memory(device):

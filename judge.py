@@ -54,22 +54,6 @@ from model import (
 )
 from sample import generate
 
-
-@dataclass
-class Options:
-    """What scores depend on, beside the judge and the samples."""
-
-    judge_batch_tokens: int = option(
-        None, "pointwise: tokens judged at once; ours: 2048 on the CPU, else 16384", low=1, kind=int
-    )
-    judge_context: int = option(None, "tokens a judge reads; its whole context", low=2, kind=int)
-    cut_front: bool = option(False, "drop the first tokens of what is longer, instead of refusing")
-    verdict_tokens: int = option(2048, "pairwise: most tokens of a verdict; ours", low=1)
-    verdict_temperature: float = option(0.0, "pairwise: 0 is greedy; ours", low=0, high=100)
-    verdict_top_p: float = option(1.0, "pairwise: mass of the nucleus; ours", low=1e-6, high=1)
-    verdict_seed: int = option(0, "pairwise: names every random stream", low=0)
-
-
 # Reward models: a trunk and a head, with the parameter names of the published checkpoints
 
 
@@ -130,83 +114,16 @@ class Gating(nn.Module):
         return (self.layers[-1](x) / self.temperature).softmax(-1) * self.logit_scale
 
 
-# The objectives of ArmoRM-Llama3-8B-v0.1 in the order of its rewards, from its model card.
-ARMORM_OBJECTIVES = """
-helpsteer-helpfulness helpsteer-correctness helpsteer-coherence helpsteer-complexity
-helpsteer-verbosity ultrafeedback-overall_score ultrafeedback-instruction_following
-ultrafeedback-truthfulness ultrafeedback-honesty ultrafeedback-helpfulness beavertails-is_safe
-prometheus-score argilla-overall_quality argilla-judge_lm code-complexity code-style
-code-explanation code-instruction-following code-readability
-""".split()
+# Judges
+
 # ArmoRM's gate reads the prompt at the first token of this text's last occurrence.
 ASSISTANT_HEADER = "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
-
-
-def load_judge(path, device="cpu", dtype=torch.float32, options=None):
-    """The judge in a checkpoint folder or hub id, its kind by `architectures` in config.json.
-
-    LlamaForRewardModelWithGating and LlamaForSequenceClassification with one label are pointwise,
-    any causal language model is pairwise. The rest is refused, and no code of a folder is run.
-    """
-    options = Options() if options is None else options
-    device, folder = check_device(device), checkpoint_folder(path)
-    config, tokenizer, file = read_config(folder), load_tokenizer(folder), folder / "config.json"
-    raw = read_json(file)
-    key = {"judge": str(path), "dtype": str(dtype), **vars(options)}
-    kind, names = raw.get("architectures"), []
-    kind = kind[0] if isinstance(kind, list) and len(kind) == 1 else kind
-    if str(kind).endswith("ForCausalLM"):
-        return Pairwise(load_model(folder, device, dtype), tokenizer, options, key)
-    known = "LlamaForRewardModelWithGating, LlamaForSequenceClassification"
-    expected = f"{known} or a causal language model"
-    expect(kind in known.split(", "), f"{file}: architectures", repr(kind), expected)
-    with torch.device("meta"):
-        if kind == "LlamaForRewardModelWithGating":
-            model, names = ArmoRM(config, read_gating(raw, file)), objective_names(raw)
-        else:
-            check_one_label(raw, file)
-            model = RewardModel(config)
-    load_weights(model, folder, device, dtype).eval()
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if not name.startswith("model."):  # the head reads few positions: float32 costs nothing
-            place(model, name, tensor.data.float())
-    return Pointwise(model, tokenizer, options, key, names)
-
-
-def read_gating(raw, file):
-    """The sizes of ArmoRM's head from config.json."""
-    keys = ("num_objectives", "gating_hidden_dim", "gating_n_hidden", "gating_temperature")
-    for key in keys:
-        value, kinds = raw.get(key), (int, float) if key == "gating_temperature" else int
-        good = isinstance(value, kinds) and not isinstance(value, bool) and 0 < value < 1e6
-        expect(good, f"{file}: {key}", repr(value), "a number above 0")
-    return {key: raw[key] for key in keys}
-
-
-def objective_names(raw):
-    """The published names where there are as many objectives, else config.json's, else numbers."""
-    count, labels = raw["num_objectives"], raw.get("id2label")
-    if count == len(ARMORM_OBJECTIVES):
-        return ARMORM_OBJECTIVES
-    labels = labels if isinstance(labels, dict) and len(labels) == count else {}
-    return [str(labels.get(str(i), f"objective {i}")) for i in range(count)]
-
-
-def check_one_label(raw, file):
-    """Refuses a head of several labels; a config that does not say has transformers' two."""
-    labels = raw.get("id2label")
-    counts = [raw.get("num_labels"), len(labels) if isinstance(labels, dict) else None]
-    counts = [count for count in counts if count is not None] or ["none given, which means 2"]
-    expect(set(counts) == {1}, f"{file}: labels", counts[-1] if counts[0] == 1 else counts[0], "1")
-
-
-# Judges
 
 
 class Judge:
     """What both kinds share. A kind has encode(instruction, responses), what it reads, and run.
 
-    group: the number of instructions that are judged together, and between two saves.
+    group: how many instructions are judged together, and then saved. key: what scores depend on.
     """
 
     def __init__(self, model, tokenizer, options, key):
@@ -216,9 +133,6 @@ class Judge:
         standard = 2048 if self.device.type == "cpu" else 16384
         self.batch_tokens = options.judge_batch_tokens or standard
         self.context = model.config.max_positions
-        if options.judge_context is not None:
-            check_range("--judge-context", options.judge_context, 2, self.context)
-            self.context = options.judge_context
 
     def score(self, instruction, responses):
         """One float a response, higher is better. The responses are texts, without thoughts."""
@@ -226,7 +140,7 @@ class Judge:
 
     def fit(self, ids, room):
         """ids as a tuple; refused, or cut from the front, where there are more than `room`."""
-        expected = f"at most {room}, the judge's context; --cut-front drops the first ones"
+        expected = f"at most {room} to fit its context; --cut-front drops the first ones"
         good = len(ids) <= room or self.options.cut_front
         expect(good, "what the judge reads", f"{len(ids)} tokens", expected)
         return tuple(ids[-room:])
@@ -277,8 +191,8 @@ class Pointwise(Judge):
             self.gate_position(chats[-1])  # refused here, where the line of the file is known
         return chats
 
-    def run(self, items, first=0):
-        """items: encode's chats, for each instruction."""
+    def run(self, items, first):
+        """items: encode's chats, for each instruction. first is not read: nothing is drawn."""
         return [{"scores": [row[0] for row in rows]} for rows in self.read(items)]
 
     @torch.inference_mode()
@@ -305,7 +219,7 @@ class Pointwise(Judge):
         return [[rows[chat] for chat in chats] for rows, chats in zip(found, items, strict=True)]
 
     def batches(self, items):
-        """Yields lists of (item, shared, chats) of about batch_tokens tokens, sorted by length.
+        """Lists of (item, shared, chats) of about batch_tokens tokens, sorted by length.
 
         chats: those of an item, or a part of them, each once, so that equal responses tie
         exactly. shared: how many first ids they have in common; the judge reads these once.
@@ -313,25 +227,17 @@ class Pointwise(Judge):
         pieces, most = [], self.batch_tokens
         for i, chats in enumerate(items):
             chats = sorted(dict.fromkeys(chats), key=len)
-            shared, room = shared_length(chats), 0
-            full = max(most - shared, 2 * shared)  # so that a long prompt is not read too often
-            for chat in chats:
-                own = len(chat) - shared
-                if own > room:
-                    pieces.append([shared, (i, shared, [])])
-                    room = full
-                pieces[-1][0] += own
-                pieces[-1][1][2].append(chat)
-                room -= own
-        batch, room = [], most
-        for size, piece in sorted(pieces, key=lambda piece: piece[0]):
-            if batch and size > room:
-                yield batch
-                batch, room = [], most
-            batch.append(piece)
-            room -= size
-        if batch:
-            yield batch
+            shared = shared_length(chats)
+            room = max(most - shared, 2 * shared)  # so that a long prompt is not read too often
+            parts = fill(chats, [len(chat) - shared for chat in chats], room)
+            pieces += [(i, shared, part) for part in parts]
+
+        def size(piece):
+            _, shared, chats = piece
+            return shared + sum(len(chat) - shared for chat in chats)
+
+        pieces.sort(key=size)
+        return fill(pieces, map(size, pieces), most)
 
     def gate_position(self, chat):
         """Where the last assistant's header of a chat begins, the template's or a quoted one."""
@@ -341,6 +247,18 @@ class Pointwise(Judge):
             if chat[start : start + len(self.header)] == self.header:
                 return start
         raise InputError(f"the judge's chat: found no {ASSISTANT_HEADER!r}, expected one")
+
+
+def fill(items, sizes, most):
+    """Cuts a list, in order, into lists whose sizes sum to `most` at most, or of one item."""
+    parts, room = [], 0
+    for item, size in zip(items, sizes, strict=True):
+        if size > room:
+            parts.append([])
+            room = most
+        parts[-1].append(item)
+        room -= size
+    return parts
 
 
 # The prompt that the Self-Taught Evaluator was trained on, MT-Bench's for pairs, word for word:
@@ -391,7 +309,7 @@ class Pairwise(Judge):
             prompts.append(self.fit(self.tokenizer.apply_chat_template(messages), room))
         return len(responses), prompts
 
-    def run(self, items, first=0):
+    def run(self, items, first):
         """items: from encode, for each instruction. first names the verdicts' random streams.
 
         Beside `scores` (Elo) each gets `verdicts`, one an ordered pair: indices `a` and `b` of
@@ -469,6 +387,7 @@ def length_control(scores, lengths, rho):
 
 
 def normalize(values):
+    """N(v) of length_control: (K,) float64."""
     values = np.asarray(values, dtype=np.float64)
     values = values - values[:1]  # so that equal values are zeros exactly
     std = values.std() if len(values) else 0
@@ -538,6 +457,133 @@ def output_text(output):
     return output["text"] if "text" in output else "\n\n".join(filter(None, parts))
 
 
+# Win rates
+
+
+def win_rate(judge, instructions, ours, theirs):
+    """(rate, low, high) of our responses against theirs, one each for every instruction.
+
+    A response is a text, or None where none could be cut: it loses to any.
+    """
+    triples, scores = [], []
+    for i, (instruction, *pair) in enumerate(zip(instructions, ours, theirs, strict=True), 1):
+        triples.append((f"instruction {i}", instruction, pair))
+    for first in range(0, len(triples), judge.group):
+        results = score_batch(judge, triples[first : first + judge.group], first)
+        scores += [result["scores"] for result in results]
+    return win_rate_of_scores([a for a, _ in scores], [b for _, b in scores])
+
+
+def win_rate_of_scores(ours, theirs):
+    """(rate, low, high) of our scores against theirs, by one judge on the same instructions.
+
+    A tie is half a win; None is below any score. low, high: wilson_interval's, which takes ties
+    to vary as much as wins and losses do, and so errs on the wide side.
+    """
+    n, wins = len(ours), 0
+    expect(n > 0, "win rate", "no instruction", "some to compare on")
+    for pair in zip(ours, theirs, strict=True):
+        a, b = (-math.inf if score is None else score for score in pair)
+        wins += (a > b) + 0.5 * (a == b)
+    return wins / n, *wilson_interval(wins / n, n)
+
+
+def wilson_interval(rate, n):
+    """[low, high]: Wilson's 95% interval of a share of n."""
+    z = 1.959964
+    middle = (rate + z * z / (2 * n)) / (1 + z * z / n)
+    reach = z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return [max(0.0, middle - reach), min(1.0, middle + reach)]
+
+
+# A judge's checkpoint
+
+# The objectives of ArmoRM-Llama3-8B-v0.1 in the order of its rewards, from its model card.
+ARMORM_OBJECTIVES = """
+helpsteer-helpfulness helpsteer-correctness helpsteer-coherence helpsteer-complexity
+helpsteer-verbosity ultrafeedback-overall_score ultrafeedback-instruction_following
+ultrafeedback-truthfulness ultrafeedback-honesty ultrafeedback-helpfulness beavertails-is_safe
+prometheus-score argilla-overall_quality argilla-judge_lm code-complexity code-style
+code-explanation code-instruction-following code-readability
+""".split()
+
+
+@dataclass
+class Options:
+    """What scores depend on, beside the judge and the samples."""
+
+    judge_batch_tokens: int = option(
+        None, "pointwise: tokens judged at once; ours: 2048 on the CPU, else 16384", low=1, kind=int
+    )
+    cut_front: bool = option(False, "drop the first tokens of what is longer, instead of refusing")
+    verdict_tokens: int = option(2048, "pairwise: most tokens of a verdict; ours", low=1)
+    verdict_temperature: float = option(0.0, "pairwise: 0 is greedy; ours", low=0, high=100)
+    verdict_top_p: float = option(1.0, "pairwise: mass of the nucleus; ours", low=1e-6, high=1)
+    verdict_seed: int = option(0, "pairwise: names every random stream", low=0)
+
+
+def load_judge(path, device="cpu", dtype=torch.float32, options=None):
+    """The judge in a checkpoint folder or hub id, its kind by `architectures` in config.json.
+
+    LlamaForRewardModelWithGating and LlamaForSequenceClassification with one label are pointwise,
+    any causal language model is pairwise. The rest is refused, and no code of a folder is run.
+    """
+    options = options or Options()
+    device, folder = check_device(device), checkpoint_folder(path)
+    config, tokenizer, file = read_config(folder), load_tokenizer(folder), folder / "config.json"
+    key = {"judge": str(path), "dtype": str(dtype), **vars(options)}
+    raw = read_json(file)
+    kind = raw.get("architectures")
+    kind = kind[0] if isinstance(kind, list) and len(kind) == 1 else kind
+    if str(kind).endswith("ForCausalLM"):
+        return Pairwise(load_model(folder, device, dtype), tokenizer, options, key)
+    with torch.device("meta"):
+        if kind == "LlamaForRewardModelWithGating":
+            model, names = ArmoRM(config, read_gating(raw, file)), objective_names(raw)
+        elif kind == "LlamaForSequenceClassification":
+            check_one_label(raw, file)
+            model, names = RewardModel(config), []
+        else:
+            raise InputError(
+                f"{file}: architectures: found {kind!r}, expected LlamaForRewardModelWithGating, "
+                "LlamaForSequenceClassification or a causal language model"
+            )
+    load_weights(model, folder, device, dtype).eval()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if not name.startswith("model."):  # the head reads few positions: float32 costs nothing
+            place(model, name, tensor.data.float())
+    return Pointwise(model, tokenizer, options, key, names)
+
+
+def read_gating(raw, file):
+    """The sizes of ArmoRM's head from config.json."""
+    keys = ("num_objectives", "gating_hidden_dim", "gating_n_hidden", "gating_temperature")
+    for key in keys:
+        value, kinds = raw.get(key), (int, float) if key == "gating_temperature" else int
+        good = isinstance(value, kinds) and not isinstance(value, bool) and 0 < value < 1e6
+        expect(good, f"{file}: {key}", repr(value), "a number above 0")
+    return {key: raw[key] for key in keys}
+
+
+def objective_names(raw):
+    """The published names where there are as many objectives, else config.json's, else numbers."""
+    count, labels = raw["num_objectives"], raw.get("id2label")
+    if count == len(ARMORM_OBJECTIVES):
+        return ARMORM_OBJECTIVES
+    labels = labels if isinstance(labels, dict) and len(labels) == count else {}
+    return [str(labels.get(str(i), f"objective {i}")) for i in range(count)]
+
+
+def check_one_label(raw, file):
+    """Refuses a head of several labels; a config that does not say has transformers' two."""
+    labels = raw.get("id2label")
+    counts = [raw.get("num_labels"), len(labels) if isinstance(labels, dict) else None]
+    if counts == [None, None]:
+        counts = ["none given, which means 2"]
+    others = [str(count) for count in counts if count not in (None, 1)]
+    expect(not others, f"{file}: labels", " and ".join(others), "1")
+
+
 # Files: samples in, scores out
 
 
@@ -583,7 +629,7 @@ def score_file(judge, samples_path, scores_path):
     write_groups(scores_path, key, groups)
 
 
-def score_rows(judge, rows, path, first=0):
+def score_rows(judge, rows, path, first):
     """Rows of scores of (line, row of samples) pairs, judged together by their responses alone."""
     batch = [
         (f"{path}:{line}", row["instruction"], [output["response"] for output in row["outputs"]])
@@ -594,44 +640,6 @@ def score_rows(judge, rows, path, first=0):
         pairs = zip(row["outputs"], result.pop("scores"), strict=True)
         scored.append({**row, "outputs": [{**o, "score": score} for o, score in pairs], **result})
     return scored
-
-
-# Win rates
-
-
-def win_rate(judge, instructions, ours, theirs):
-    """(rate, low, high) of our responses against theirs, one each for every instruction.
-
-    A response is a text, or None where none could be cut: it loses to any.
-    """
-    triples, scores = list(zip(instructions, ours, theirs, strict=True)), []
-    for first in range(0, len(triples), judge.group):
-        group = enumerate(triples[first : first + judge.group], first + 1)
-        batch = [(f"instruction {i}", instruction, pair) for i, (instruction, *pair) in group]
-        scores += [result["scores"] for result in score_batch(judge, batch, first)]
-    return win_rate_of_scores([a for a, _ in scores], [b for _, b in scores])
-
-
-def win_rate_of_scores(ours, theirs):
-    """(rate, low, high) of a pointwise judge's scores on the same instructions.
-
-    A tie is half a win; None is below any score. low, high: wilson_interval's, which takes ties
-    to vary as much as wins and losses do, and so errs on the wide side.
-    """
-    n, wins = len(ours), 0
-    expect(n > 0, "win rate", "no instruction", "some to compare on")
-    for pair in zip(ours, theirs, strict=True):
-        a, b = (-math.inf if score is None else score for score in pair)
-        wins += (a > b) + 0.5 * (a == b)
-    return wins / n, *wilson_interval(wins / n, n)
-
-
-def wilson_interval(rate, n):
-    """[low, high]: Wilson's 95% interval of a share of n."""
-    z = 1.959964
-    middle = (rate + z * z / (2 * n)) / (1 + z * z / n)
-    reach = z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return [max(0.0, middle - reach), min(1.0, middle + reach)]
 
 
 def compare_files(judge, ours_path, theirs_path):
@@ -652,9 +660,8 @@ def print_objectives(judge, path):
     expect(getattr(judge, "names", None), "--explain", "a judge without objectives", "ArmoRM")
     n = len(judge.names)
     for line, row in read_samples(path):
-        texts = {
-            i: o["response"] for i, o in enumerate(row["outputs"]) if o["response"] is not None
-        }
+        responses = [output["response"] for output in row["outputs"]]
+        texts = {i: text for i, text in enumerate(responses) if text is not None}
         (parts,) = judge.read([judge.encode(row["instruction"], texts.values())])
         for i, (score, *rest) in zip(texts, parts, strict=True):
             print(f"{path}:{line} outputs[{i}] score {score:.6f}")

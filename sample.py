@@ -12,6 +12,7 @@ its fields, `prompt_ids`, and `outputs`, each with `ids`, `thought`, `response`,
 
 import argparse
 import math
+import os
 import sys
 import time
 from collections import deque
@@ -24,7 +25,6 @@ from tqdm import tqdm
 
 from model import (
     DTYPES,
-    InputError,
     KVCache,
     add_options,
     check_output,
@@ -108,8 +108,8 @@ def draw(logits, uniforms, temperature, top_p):
     logits (N, V); uniforms (N,) float64 in [0, 1). Returns ids (N,) int64. The nucleus is the
     fewest most likely tokens whose probabilities reach top_p. Temperature 0 is greedy.
     """
-    if not logits.amax(-1).isfinite().all():
-        raise InputError("the model's logits are not finite: try --dtype float32 or bfloat16")
+    finite = logits.amax(-1).isfinite().all()
+    expect(finite, "the model's logits", "NaN or infinity", "finite ones: try another --dtype")
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.float() / temperature
@@ -120,7 +120,7 @@ def draw(logits, uniforms, temperature, top_p):
     top, candidates = logprobs.topk(min(CANDIDATES, logits.shape[-1]))  # (N, C), descending
     choice, mass = invert_cdf(top, uniforms, top_p)
     ids = candidates.gather(-1, choice[:, None])[:, 0]
-    short = ~(mass >= top_p)
+    short = mass < top_p
     if top.shape[-1] < logits.shape[-1] and short.any():
         rest, order = logprobs[short].sort(descending=True)  # (short rows, V)
         choice, _ = invert_cdf(rest, uniforms[short], top_p)
@@ -129,7 +129,11 @@ def draw(logits, uniforms, temperature, top_p):
 
 
 def invert_cdf(logprobs, uniforms, top_p):
-    """(N, C) descending log-probabilities -> chosen index (N,), and the mass of all C (N,)."""
+    """(N, C) log-probabilities -> chosen index (N,), and the mass of all C (N,).
+
+    They are in descending order, so that the first ones are the nucleus; any order does where
+    top_p is infinite and keeps all.
+    """
     probs = logprobs.exp().double()
     cdf = probs.cumsum(-1)
     kept = (cdf - probs < top_p).sum(-1, keepdim=True)  # a token is kept while those before lack
@@ -164,17 +168,11 @@ class Row:
         """Where the last token goes in the cache: it holds this many positions before it."""
         return self.prompt_length + len(self.completion.ids) - 1
 
-    def append(self, token, stop_ids):
-        """Takes the next token; True when the completion has ended."""
-        self.completion.ids.append(token)
-        self.completion.finished = token in stop_ids
-        return self.completion.finished or len(self.completion.ids) == self.limit
-
 
 class Decoder:
     """A model and its cache: prompts are prefilled together, then slots decode together.
 
-    slots: rows that decode together. length: positions of each.
+    slots: rows that decode together. length: positions of each. steps, rows: how many were run.
     """
 
     PREFILL_TOKENS = 2048  # prompts are packed up to this many tokens: enough to fill a GPU
@@ -205,15 +203,12 @@ class Decoder:
         hidden = self.model.model(tokens, positions, keep, kept=ends)[0]  # (n, hidden)
         both = torch.stack(held, dim=1)  # (2, layers, KV, N, head_dim)
         parts = [(both[..., :shared, :], both[..., s:e, :]) for s, e in spans]
-        return parts, self.logits(hidden)
+        return parts, F.linear(hidden, self.model.head)
 
     def fits(self, prompts):
         """Whether prompts are prefilled together: PREFILL_TOKENS, what they share counted once."""
         repeated = (len(prompts) - 1) * shared_length(prompts)
         return sum(map(len, prompts)) - repeated <= self.PREFILL_TOKENS
-
-    def logits(self, hidden):
-        return F.linear(hidden, self.model.head)
 
     def step(self, tokens, positions):
         """The next token's logits (n, V) of the first n slots, given their last tokens.
@@ -230,7 +225,8 @@ class Decoder:
 
     def forward(self, tokens, positions, longest):
         attend = self.cache.step(positions, longest)
-        return self.logits(self.model.model(tokens[:, None], positions[:, None], attend)[:, 0])
+        hidden = self.model.model(tokens[:, None], positions[:, None], attend)[:, 0]  # (n, hidden)
+        return F.linear(hidden, self.model.head)
 
     def replay(self, tokens, positions, longest):
         """`forward` as a CUDA graph: one launch a step instead of hundreds.
@@ -291,9 +287,8 @@ def generate(
     Continuous batching: a row that ends leaves at once, and its slot takes the next completion.
     Each prompt is prefilled once for its K completions.
     """
-    limits = [
-        new_token_limit(model.config, ids, i, max_new_tokens) for i, ids in enumerate(prompts)
-    ]
+    rooms = [room_after(ids, model.config, f"prompt {i}") for i, ids in enumerate(prompts)]
+    limits = [min(max_new_tokens, room) for room in rooms]
     completions = [[Completion() for _ in range(num_samples)] for _ in prompts]
     if not prompts:
         return completions
@@ -309,11 +304,16 @@ def generate(
         uniforms = torch.tensor(uniforms, dtype=torch.float64, device=logits.device)
         return draw(logits, uniforms, temperature, top_p).tolist()
 
-    def ended(row, token):
-        end = row.append(token, stop_ids)
-        if end and on_end:
-            on_end(row.completion)
-        return end
+    def append(row, token):
+        """Gives a row its next token; True when that ends it."""
+        completion = row.completion
+        completion.ids.append(token)
+        completion.finished = token in stop_ids
+        if not completion.finished and len(completion.ids) < row.limit:
+            return False
+        if on_end:
+            on_end(completion)
+        return True
 
     def prefill():
         """Prefills the next prompts and draws the first token of each of their completions."""
@@ -328,7 +328,7 @@ def generate(
                 row = Row(completion, uniforms.tolist(), len(prompts[i]), limits[i], held)
                 rows.append(row)
         tokens = choose(logits.repeat_interleave(num_samples, dim=0), rows)
-        waiting.extend(r for r, token in zip(rows, tokens, strict=True) if not ended(r, token))
+        waiting.extend(r for r, token in zip(rows, tokens, strict=True) if not append(r, token))
 
     def next_row():
         while queue and not waiting:
@@ -346,7 +346,7 @@ def generate(
             return completions
         last = [row.completion.ids[-1] for row in active]
         tokens = choose(decoder.step(last, [row.position for row in active]), active)
-        gone = [i for i, (row, t) in enumerate(zip(active, tokens, strict=True)) if ended(row, t)]
+        gone = [i for i, (row, t) in enumerate(zip(active, tokens, strict=True)) if append(row, t)]
         for slot in reversed(gone):  # from the last, so that the row moved in is a live one
             row = next_row()
             if row:
@@ -358,14 +358,11 @@ def generate(
                 decoder.cache.move(len(active), slot, moved.position)
 
 
-def new_token_limit(config, prompt, index, max_new_tokens):
+def room_after(ids, config, where):
     """How many tokens may follow a prompt; refuses one that leaves no room in the context."""
-    room = config.max_positions - len(prompt)
-    if not prompt or room < 1:
-        raise InputError(
-            f"prompt {index}: found {len(prompt)} tokens, expected 1 to {config.max_positions - 1}"
-        )
-    return min(max_new_tokens, room)
+    room = config.max_positions - len(ids)
+    expect(ids and room > 0, where, f"{len(ids)} tokens", f"1 to {config.max_positions - 1}")
+    return room
 
 
 MOST_SLOTS = 256  # ours: beyond it a step costs nearly in proportion to its rows
@@ -388,11 +385,8 @@ def plan_slots(model, length, completions, memory=None):
             drawing = MOST_SLOTS * DRAW_BYTES * model.config.vocab_size
             memory = int(0.9 * total) - torch.cuda.memory_allocated(weight.device) - drawing
     slots = min(MOST_SLOTS, completions, memory // slot_bytes)
-    if slots < 1:
-        raise InputError(
-            f"--cache-memory: found {memory / 2**30:.2f} GiB, expected at least "
-            f"{slot_bytes / 2**30:.2f} GiB for one sequence of {length} tokens"
-        )
+    least = f"at least {slot_bytes / 2**30:.2f} GiB for one sequence of {length} tokens"
+    expect(slots >= 1, "--cache-memory", f"{memory / 2**30:.2f} GiB", least)
     return slots, slots * slot_bytes
 
 
@@ -405,26 +399,25 @@ def read_instructions(path):
     JSON lines, or .json holding a list; the text stands under `instruction`, `prompt` or
     `question` (AlpacaEval, Arena-Hard and GSM8K files work as they are).
     """
-    path = Path(path)
-    rows = []
+    path, rows = Path(path), []
     for place, row in read_json_list(path) if path.suffix == ".json" else read_jsonl(path):
-        found = [key for key in ("instruction", "prompt", "question") if key in row]
-        if not found:
-            raise InputError(f"{path}:{place}: no instruction, prompt or question")
-        text = row[found[0]]
-        if not isinstance(text, str) or not text.strip():
-            raise InputError(f"{path}:{place}: {found[0]}: found {text!r}, expected a text")
+        key = next((key for key in ("instruction", "prompt", "question") if key in row), None)
+        expect(key, f"{path}:{place}", "no text", "one under instruction, prompt or question")
+        text = row[key]
+        good = isinstance(text, str) and text.strip()
+        expect(good, f"{path}:{place}: {key}", repr(text)[:40], "a text")
         rows.append({**row, "instruction": text})
-    if not rows:
-        raise InputError(f"{path}: found no instruction, expected at least one")
+    expect(rows, path, "no instruction", "at least one")
     return rows
 
 
 def read_json_list(path):
+    """Yields (place in the list, row as a dict) of a .json file."""
     rows = parse_json(path, existing(path).read_bytes())
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise InputError(f"{path}: expected a list of JSON objects")
-    return enumerate(rows, 1)
+    expect(isinstance(rows, list), path, f"a {type(rows).__name__}", "a list of JSON objects")
+    for place, row in enumerate(rows, 1):
+        expect(isinstance(row, dict), f"{path}:{place}", repr(row)[:40], "a JSON object")
+        yield place, row
 
 
 @dataclass
@@ -452,11 +445,7 @@ def make_prompts(rows, tokenizer, options, config, path):
         content = thought_prompt(row["instruction"], options.thought)
         text = tokenizer.render_chat([{"role": "user", "content": content}])
         ids = tokenizer.encode(text, add_special_tokens=False)
-        if not 0 < len(ids) < config.max_positions:
-            raise InputError(
-                f"{path}: instruction {number}: its prompt has {len(ids)} tokens, the model's "
-                f"context is {config.max_positions}"
-            )
+        room_after(ids, config, f"{path}: the prompt of instruction {number}")
         prompts.append((text, ids))
     return prompts
 
@@ -478,20 +467,14 @@ def sample_rows(model, tokenizer, rows, options, path, done=0, progress=True):
     if progress:
         budget = f"{slots} slots of {length} tokens, {cache / 2**30:.2f} GiB of cache"
         print(f"sampling: {budget}", file=sys.stderr)
-    total, count, began = len(rows) * options.num_samples, 0, time.monotonic()
-    start = done * options.group
-    with tqdm(
-        total=total,
-        initial=start * options.num_samples,
-        unit="output",
-        disable=not progress,
-        smoothing=0,
-    ) as bar:
+    start, tokens, began = done * options.group, 0, time.monotonic()
+    total, before = len(rows) * options.num_samples, start * options.num_samples
+    with tqdm(total=total, initial=before, unit="output", disable=not progress, smoothing=0) as bar:
 
         def on_end(completion):
-            nonlocal count
-            count += len(completion.ids)
-            speed = count / (time.monotonic() - began)
+            nonlocal tokens
+            tokens += len(completion.ids)
+            speed = tokens / (time.monotonic() - began)
             bar.set_postfix_str(f"{speed:,.0f} tokens/s", refresh=False)
             bar.update()
 
@@ -521,13 +504,8 @@ def sample_rows(model, tokenizer, rows, options, path, done=0, progress=True):
 def sample_row(row, prompt, completions, tokenizer, style):
     text, ids = prompt
     outputs = [read_output(completion, tokenizer, style) for completion in completions]
-    return {
-        **row,
-        "thought_style": style,
-        "prompt_text": text,
-        "prompt_ids": ids,
-        "outputs": outputs,
-    }
+    made = {"thought_style": style, "prompt_text": text, "prompt_ids": ids, "outputs": outputs}
+    return {**row, **made}
 
 
 def read_output(completion, tokenizer, style):
@@ -563,7 +541,7 @@ def main():
     add("--output", help="file of samples to write")
     add(
         "--format",
-        choices=FORMATS,
+        choices=("jsonl", "alpaca_eval", "arena_hard"),
         default="jsonl",
         help="jsonl: samples (default); alpaca_eval, arena_hard: those tools' answer files",
     )
@@ -590,8 +568,9 @@ def sample_file(args, options):
     """A file of instructions to a file of samples; a second start goes on after the last group."""
     check_output(args.output)
     rows = read_instructions(args.instructions)
-    if args.format == "arena_hard" and not all("uid" in row for row in rows):
-        raise InputError(f"{args.instructions}: --format arena_hard needs a uid in every row")
+    for number, row in enumerate(rows if args.format == "arena_hard" else (), 1):
+        where = f"{args.instructions}: instruction {number}"
+        expect("uid" in row, where, "no uid", "one for --format arena_hard")
     tokenizer = load_tokenizer(args.model)
     model = load_model(args.model, args.device, DTYPES[args.dtype])
     key = {
@@ -600,24 +579,20 @@ def sample_file(args, options):
         "dtype": args.dtype,
         "instructions": file_hash(args.instructions),
     }
-    samples = Path(args.output)
-    if args.format != "jsonl":
-        samples = samples.with_name(samples.name + ".samples")
+    samples = args.output if args.format == "jsonl" else f"{args.output}.samples"
     write_groups(
         samples,
         key,
         lambda done: sample_rows(model, tokenizer, rows, options, args.instructions, done),
     )
+    if args.format == "jsonl":
+        return
     sampled = (row for _, row in read_jsonl(samples))
     if args.format == "alpaca_eval":
         write_json(args.output, [alpaca_eval_row(row, args.model) for row in sampled])
-    elif args.format == "arena_hard":
+    else:
         write_jsonl(args.output, (arena_hard_row(row, args.model) for row in sampled))
-    if args.format != "jsonl":
-        samples.unlink()
-
-
-FORMATS = ("jsonl", "alpaca_eval", "arena_hard")
+    os.unlink(samples)
 
 
 def alpaca_eval_row(row, model):

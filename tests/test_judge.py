@@ -122,15 +122,14 @@ def test_a_long_chat_is_refused_or_cut_from_the_front(folders):
     long = tiny_judges.words(2500, 5)
     with pytest.raises(InputError, match=r"found \d{4} tokens, expected at most 2048.*--cut-front"):
         refusing.score("Hi", [long])
-    options = judging.Options(cut_front=True, judge_context=100)
+    options = judging.Options(cut_front=True)
     cutting = judging.load_judge(folders["one label"], options=options)
+    armorm = judging.load_judge(folders["ArmoRM"], options=options)
+    cutting.context = armorm.context = 100
     chats = refusing.encode("Hi", ["a", tiny_judges.words(300, 6)])
     assert cutting.encode("Hi", ["a", tiny_judges.words(300, 6)]) == [chats[0], chats[1][-100:]]
-    armorm = judging.load_judge(folders["ArmoRM"], options=options)
     with pytest.raises(InputError, match=r"the judge: the judge's chat: found no '<\|eot_id\|>"):
         armorm.score("Hi", [tiny_judges.words(300, 6)])  # the header was cut away
-    with pytest.raises(InputError, match="judge-context"):
-        judging.load_judge(folders["one label"], options=judging.Options(judge_context=4096))
 
 
 # Which judge
@@ -156,7 +155,8 @@ def change(folder, target, **changes):
         ("one label", {"architectures": [["LlamaForCausalLM"]]}, "architectures: found"),
         ("one label", {"id2label": {"0": "a", "1": "b"}}, "labels: found 2, expected 1"),
         ("one label", {"id2label": None}, "labels: found none given, which means 2, expected 1"),
-        ("one label", {"num_labels": 3}, "labels: found .*3.*, expected 1"),
+        ("one label", {"num_labels": 3}, "labels: found 3, expected 1"),
+        ("one label", {"num_labels": [1]}, r"labels: found \[1\], expected 1"),
         ("one label", {"architectures": ["LlamaForRewardModelWithGating"]}, "num_objectives: fou"),
         ("ArmoRM", {"gating_temperature": 0}, "gating_temperature: found 0"),
         ("ArmoRM", {"gating_n_hidden": 1}, "tensor gating.layers.1.* shape"),
@@ -515,7 +515,7 @@ class Lengths:
     def encode(self, instruction, responses):
         return list(responses)
 
-    def run(self, items, first=0):
+    def run(self, items, first):
         self.sizes.append(len(items))
         return [{"scores": [float(len(text)) for text in texts]} for texts in items]
 
@@ -582,6 +582,9 @@ def test_command_line_scores_and_pairs(run_judge, folders, tmp_path):
     run_judge(*base, scores, "--pairs", tmp_path / "other")
     assert read_rows(tmp_path / "other") == made
     assert "win rate 50.0%, 95% interval" in run_judge(*base, samples, "--against", samples)
+    long = write_rows(tmp_path / "long", [sample_row("Hi", [tiny_judges.words(2500, 5)])])
+    with pytest.raises(InputError, match=r"instruction 1: what the judge reads: .* at most 2048"):
+        run_judge(*base, long, "--against", long)
     nothing = write_rows(tmp_path / "nothing", [sample_row("x", [None, None])] * 2)
     empty = write_rows(tmp_path / "empty", [])
     for file in (nothing, empty):
@@ -592,7 +595,6 @@ def test_command_line_scores_and_pairs(run_judge, folders, tmp_path):
         ("--output", tmp_path / "a", "--rho", "nan"): "--rho: found nan",
         ("--output", tmp_path / "a", "--verdict-top-p", "0"): "--verdict-top-p: found 0",
         ("--pairs", tmp_path / "a"): r"outputs\[0\]: score: found nothing",
-        ("--against", scores, "--judge-context", "9"): "at most 9",
     }.items():
         with pytest.raises(InputError, match=message):
             run_judge(*base, samples, *wrong)
@@ -653,7 +655,7 @@ def test_judging_goes_on_after_the_last_whole_group(tmp_path):
     judging.score_file(Lengths(), samples, tmp_path / "whole.jsonl")
 
     class Stopping(Lengths):
-        def run(self, items, first=0):
+        def run(self, items, first):
             if first == 6:
                 raise KeyboardInterrupt
             return super().run(items, first)

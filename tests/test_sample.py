@@ -411,6 +411,71 @@ def test_a_file_of_instructions_to_a_file_of_samples(run, tiny, instructions, tm
     assert {p.name for p in tmp_path.iterdir()} == {"instructions.jsonl", "samples.jsonl"}
 
 
+def test_answer_files_have_the_fields_that_the_benchmarks_read(run, tiny, tmp_path):
+    """One answer an instruction, equal to the file of samples of the same seed."""
+    file, flags = tmp_path / "instructions.jsonl", ["--thought", "none", "--max-new-tokens", 9]
+    rows = [{"instruction": "Hi", "dataset": "koala", "uid": "a"}, {"prompt": "2+2?", "uid": "b"}]
+    model.write_jsonl(file, rows)
+    for form in ("jsonl", "alpaca_eval", "arena_hard"):
+        count = ["--num-samples", 1] if form == "jsonl" else []
+        out = ["--output", tmp_path / form, "--format", form]
+        run("--model", tiny, "--instructions", file, *out, *count, *flags)
+    (one,), (two,) = (row["outputs"] for _, row in model.read_jsonl(tmp_path / "jsonl"))
+    assert json.loads((tmp_path / "alpaca_eval").read_text()) == [
+        {
+            "dataset": "koala",
+            "instruction": "Hi",
+            "output": one["response"],
+            "generator": str(tiny),
+        },
+        {"instruction": "2+2?", "output": two["response"], "generator": str(tiny)},
+    ]
+    first, second = (row for _, row in model.read_jsonl(tmp_path / "arena_hard"))
+    assert (first["uid"], first["metadata"]) == ("a", {"token_len": one["response_tokens"]})
+    assert second["model"] == str(tiny) and second["messages"] == [
+        {"role": "user", "content": "2+2?"},
+        {"role": "assistant", "content": {"answer": two["response"]}},
+    ]
+    assert not list(tmp_path.glob("*.samples*"))
+    uncut = {
+        "uid": "c",
+        "instruction": "x",
+        "outputs": [{"response": None, "response_tokens": None}],
+    }
+    assert sample.alpaca_eval_row(uncut, "m")["output"] == ""
+    assert sample.arena_hard_row(uncut, "m")["metadata"]["token_len"] == 0
+    model.write_jsonl(file, [*rows[:1], {"prompt": "2+2?"}])
+    with pytest.raises(model.InputError, match=r"jsonl: instruction 2: found no uid, expected one"):
+        run("--model", tiny, "--instructions", file, "--output", tmp_path / "a", *out[2:])
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.json", '{"instruction": "x"}', "a.json: found a dict, expected a list of JSON objects"),
+        ("a.json", '[{"prompt": "x"}, 3]', "a.json:2: found 3, expected a JSON object"),
+        ("a.jsonl", '\n{"text": "x"}', "a.jsonl:2: found no text, expected one under instruction"),
+        ("a.jsonl", '{"question": " "}', "a.jsonl:1: question: found ' ', expected a text"),
+        ("a.jsonl", '{"prompt": 3}', "a.jsonl:1: prompt: found 3, expected a text"),
+        ("a.jsonl", "\n", "a.jsonl: found no instruction, expected at least one"),
+    ],
+)
+def test_bad_instructions_are_refused(name, text, message, tmp_path):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(model.InputError) as caught:
+        sample.read_instructions(tmp_path / name)
+    assert message in str(caught.value)
+
+
+def test_a_prompt_beyond_the_context_is_refused_by_its_place(tiny):
+    options = sample.Options(thought="none")
+    rows = [{"instruction": "x"}, {"instruction": "y" * 300}]
+    tokenizer, config = model.load_tokenizer(tiny), model.read_config(tiny)
+    expected = r"f: the prompt of instruction 2: found 3\d\d tokens, expected 1 to 255"
+    with pytest.raises(model.InputError, match=expected):
+        sample.make_prompts(rows, tokenizer, options, config, "f")
+
+
 def test_one_instruction_to_the_terminal(run, tmp_path):
     folder = write_checkpoint(write_tokenizer(tmp_path), LLAMA | {"max_position_embeddings": 400})
     assert run("--model", folder, "Hi", "--thought", "none", "--max-new-tokens", 5).out.strip()
