@@ -11,6 +11,8 @@ its fields, `prompt_ids`, and `outputs`, each with `ids`, `thought`, `response`,
 """
 
 import argparse
+import hashlib
+import json
 import math
 import os
 import sys
@@ -579,7 +581,9 @@ def sample_file(args, options):
         "dtype": args.dtype,
         "instructions": file_hash(args.instructions),
     }
-    samples = args.output if args.format == "jsonl" else f"{args.output}.samples"
+    samples = args.output
+    if args.format != "jsonl":  # aside, and named after the options, so that no others take it
+        samples += f".{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:8]}.samples"
     write_groups(
         samples,
         key,
