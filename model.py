@@ -246,6 +246,7 @@ def add_options(parser, *classes):
 
     What is not on the command line is not in the namespace, so that a recipe can give it.
     """
+    switch = argparse.BooleanOptionalAction  # --no-NAME, so that a flag wins over a recipe's true
     for item in {item.name: item for options in classes for item in fields(options)}.values():
         kind, choices = item.metadata["kind"], item.metadata["choices"]
         text = f"{item.metadata['help']} (default {item.default})"
@@ -253,7 +254,7 @@ def add_options(parser, *classes):
             "--" + item.name.replace("_", "-"),
             default=argparse.SUPPRESS,
             help=text.replace("%", "%%"),
-            **({"action": "store_true"} if kind is bool else {"type": kind, "choices": choices}),
+            **({"action": switch} if kind is bool else {"type": kind, "choices": choices}),
         )
 
 

@@ -3,6 +3,7 @@
 pytest tests/test_train.py
 """
 
+import argparse
 import gc
 import json
 import os
@@ -345,3 +346,15 @@ def test_the_default_run_begins_with_the_toy_world(tmp_path):
 def test_the_toy_world_is_small():
     toy = ROOT / "tests" / "toy"
     assert sum(path.stat().st_size for path in toy.rglob("*") if path.is_file()) < 8 * 2**20
+
+
+def test_a_flag_wins_over_a_recipe_s_switch():
+    parser = argparse.ArgumentParser()
+    model.add_options(parser, train.Options)
+    for flags, expected in (
+        (["--no-reject-failed"], False),
+        (["--reject-failed"], True),
+        ([], True),
+    ):
+        values = {"reject_failed": True, **vars(parser.parse_args(flags))}
+        assert model.read_options(train.Options, values).reject_failed is expected

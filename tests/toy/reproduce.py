@@ -36,6 +36,7 @@ ABLATIONS = {
     "K 4": ["--num-samples", "4"],
     "NLL weight 1": ["--nll-weight", "1"],
     "last epoch": ["--select", "last"],
+    "failed not rejected": ["--no-reject-failed"],
 }
 
 
