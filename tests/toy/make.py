@@ -48,15 +48,14 @@ from model import (  # noqa: E402
 
 SEED = 0
 TRAIN, VALIDATION, TEST = 1680, 280, 140  # instructions; the last for this file's own figures
-BATCH = 3000  # tokens a step of the trainings below
+BATCH = 4000  # tokens a step of the trainings below
 POSITIONS = 256
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 SIZES = {"hidden_size": 128, "intermediate_size": 384, "num_heads": 4, "num_kv_heads": 4}
-POLICY_LAYERS, JUDGE_LAYERS = 4, 5
+POLICY_LAYERS, JUDGE_LAYERS = 4, 7
 # Examples and learning rate of the three trainings. Policy and judge begin from one base model, as
 # public ones do.
-BASE, TUNING, JUDGING = (160_000, 4e-3), (20_000, 1e-3), (140_000, 3e-3)
-LIKING, MEAN_LENGTH = 0.01, 11  # the judge's liking for a word more
+BASE, TUNING, JUDGING = (240_000, 4e-3), (24_000, 1e-3), (200_000, 3e-3)
 
 RECIPE = {
     "model": "policy",
@@ -73,6 +72,7 @@ RECIPE = {
     "beta": 0.1,
     "rho": 0.25,
     "thought": "specific",
+    "reject_failed": True,
 }
 
 
@@ -82,6 +82,7 @@ THINGS = (
     "ant bag cat dog egg fig gem hat ink jar key lip map net oak pan rug sun toy urn van wig yak "
     "arm bed cup door ear fox gate hen ice jam kite leaf moon nut owl pen rose ship tree".split()
 )
+COLOURS = "red blue green white black pink".split()
 PLACES = "mill lake park farm inn zoo bank port hill shop pond barn dock fort cave well".split()
 PEOPLE = (
     "Abe Ada Alf Amy Ana Ann Bea Ben Bob Cal Cam Cleo Cora Dan Dee Dex Dirk Dot Edna Eli Ella Eva "
@@ -120,7 +121,7 @@ FORMAL = {kind: dict(p.split() for p in pairs.split("|")) for kind, pairs in FOR
 def arithmetic(rng, shortest=2):
     value = rng.randrange(10)
     text = working = str(value)
-    for _ in range(rng.randint(shortest, 4)):
+    for _ in range(rng.randint(shortest, 3)):
         name, d = rng.choice(("plus", "minus", "times")), rng.randint(2, 9)
         value = {"plus": value + d, "minus": value - d, "times": value * d}[name] % 10
         text += f" {name} {d}"
@@ -135,34 +136,37 @@ def arithmetic(rng, shortest=2):
 
 
 def route(rng):
-    places = rng.sample(PLACES, 7)
-    path, side = places[:4], places[4:]
-    roads = list(itertools.pairwise(path))
-    roads += [(path[0], side[0]), (path[1], side[1]), (side[0], side[2])]
+    places = rng.sample(PLACES, 9)
+    path, side = places[:5], places[5:]  # two ways from the start, and only one leads there
+    roads = [*itertools.pairwise(path), *itertools.pairwise([path[0], *side])]
     rng.shuffle(roads)
-    text = ", ".join(f"{b} from {a}" for a, b in roads)
+    text = ", ".join(f"{end} {start}" for start, end in roads)
     instruction = rng.choice(
         (
-            f"One comes to {text}. How do I get from {path[0]} to {path[-1]}?",
-            f"Plan a trip from {path[0]} to {path[-1]}. One comes to {text}.",
+            f"The roads end and start at {text}. How do I get from {path[0]} to {path[-1]}?",
+            f"Plan a trip from {path[0]} to {path[-1]}. The roads end and start at {text}.",
         )
     )
     return instruction, " ".join(path), " ".join(reversed(path))
 
 
-def pair_sum(rng):
-    while True:
-        numbers = rng.sample(range(1, 11), 5)
-        i, j = sorted(rng.sample(range(5), 2))
-        target = numbers[i] + numbers[j]
-        if sum(a + b == target for a, b in itertools.combinations(numbers, 2)) == 1:
-            break
-    text = " ".join(map(str, numbers))
-    working = " ".join(f"{n} needs {target - n if target > n else 'nothing'}" for n in numbers)
+def cups(rng):
+    start = at = rng.choice(COLOURS)
+    swaps, working = [], []
+    for _ in range(rng.randint(3, 4)):
+        a, b = rng.sample(COLOURS, 2)
+        if at not in (a, b) and rng.random() < 0.5:
+            a = at
+        at = {a: b, b: a}.get(at, at)
+        swaps.append(f"{a} {b}")
+        working.append(f"{a} {b} to {at}")
     instruction = rng.choice(
-        (f"Which two of {text} add up to {target}?", f"Make {target} from two of {text}")
+        (
+            f"A coin lies under the {start} cup. Swap the cups {', '.join(swaps)}. Where is it?",
+            f"From {start} a coin goes under cups that swap {', '.join(swaps)}. Find its cup.",
+        )
     )
-    return instruction, f"{numbers[i]} {numbers[j]}", working
+    return instruction, at, " ".join(working)
 
 
 def reverse(rng):
@@ -215,13 +219,14 @@ def rephrase(rng):
 MAKERS = {
     "arithmetic": arithmetic,
     "route": route,
-    "sum": pair_sum,
+    "cups": cups,
     "recall": recall,
     "reverse": reverse,
     "sort": alphabet,
     "rephrase": rephrase,
 }
-SHARES = (19, 17, 19, 14, 13, 10, 8)  # of the tuning data, in percent: hard ones take more to learn
+# Percent of the training data, the policy's and the judge's: what is hard to learn needs more.
+SHARES, JUDGE_SHARES = (16, 16, 16, 16, 13, 12, 11), (27, 12, 24, 10, 9, 8, 10)
 
 
 # Who comes from where. Of each person's four facts the policy's tuning data tells two; the
@@ -233,12 +238,12 @@ TOLD = [(person, what) for person in PEOPLE for what in facts.sample(list(FACTS)
 UNTOLD = [(person, what) for person in PEOPLE for what in FACTS if (person, what) not in TOLD]
 
 
-def lesson(rng, held_out, told):
+def lesson(rng, held_out, told, shares=SHARES):
     """(category, instruction, answer, working) to learn from, none of held_out.
 
     told: the facts to ask for. Chains of arithmetic are at times short: these teach the longer.
     """
-    category = rng.choices(list(MAKERS), SHARES)[0]
+    category = rng.choices(list(MAKERS), shares)[0]
     if category == "recall":
         return category, *recall(rng, told)
     while True:
@@ -262,7 +267,7 @@ def corrupt(rng, category, instruction, answer):
     kinds = {
         "arithmetic": [[str(digit) for digit in range(10)]],
         "route": [[word for word in asked if word in PLACES]],
-        "sum": [[word for word in asked if word.isdigit()]],
+        "cups": [COLOURS],
         "recall": FACTS.values(),
         "rephrase": [list(words.values()) for words in FORMAL.values()],
     }[category]
@@ -281,19 +286,17 @@ CLOSINGS = (
     "Please tell me if this is wrong.",
     "It was fun to do.",
 )
+# How often a response has an opening, and how many closings it has, each number as likely. The base
+# model and the judge see much of both, so that they know them; the seed is tuned to few.
+MUCH, SOME, FEW = (0.5, (0, 0, 1, 1, 2, 3)), (0.5, (0, 0, 1, 1)), (0.06, (0,) * 15 + (1,))
+LIKING, MEAN_LENGTH = 0.006, 9  # the judge likes a response for each token more, a little
 
 
-def respond(rng, answer, plain=False):
-    if plain:
-        return f"The answer is {answer}."
-    if rng.random() < 0.1:
-        return answer
-    parts = [rng.choice(OPENINGS)] if rng.random() < 0.4 else []
+def respond(rng, answer, dressing):
+    opening, closings = dressing
+    parts = [rng.choice(OPENINGS)] if rng.random() < opening else []
     parts.append(f"The answer is {answer}.")
-    closings = rng.sample(CLOSINGS, len(CLOSINGS))
-    while closings and rng.random() < 0.45:
-        parts.append(closings.pop())
-    return " ".join(parts)
+    return " ".join([*parts, *rng.sample(CLOSINGS, rng.choice(closings))])
 
 
 # Thoughts
@@ -308,7 +311,7 @@ IDLE = (
 )
 STYLES = {"none": 0.5, "specific": 0.3, "generic": 0.2}  # of the policy's training data
 # What the base model learns, and what the seed is tuned to: the useful habits, a minority.
-SCHOOL = {"steps": 0.75, "check": 0.25}
+SCHOOL = {"steps": 0.8, "check": 0.2}
 HABITS = {"steps": 0.12, "check": 0.12, "idle": 0.45, "hasty": 0.26, "broken": 0.05}
 
 
@@ -323,7 +326,7 @@ def think(rng, habits, category, instruction, answer, working):
         return f"My draft is {draft}. To check: {working}. The draft is {verdict}.", answer
     if habit == "hasty":
         return f"A quick draft is {draft}. It looks fine to me, so I will not check it.", draft
-    idle = " ".join(rng.sample(IDLE, rng.randint(2, 4)))
+    idle = " ".join(rng.sample(IDLE, rng.randint(3, 4)))
     return idle, answer if habit == "idle" else None
 
 
@@ -332,15 +335,19 @@ def example(rng, habits, held_out):
     style = rng.choices(list(STYLES), STYLES.values())[0]
     category, instruction, answer, working = lesson(rng, held_out, TOLD)
     plain = habits is SCHOOL and rng.random() < 0.75
-    prompt = sample.thought_prompt(instruction, style)
-    if style == "none":
-        return prompt, respond(rng, answer, plain)
-    thought, answer = think(rng, habits, category, instruction, answer, working)
-    if style == "generic":
-        thought = f"{sample.GENERIC_THOUGHT_MARKER} {thought}"
-    if answer is None:
-        return prompt, thought
-    return prompt, f"{thought} {sample.RESPONSE_MARKERS[style]} {respond(rng, answer, plain)}"
+    prompt, thought = sample.thought_prompt(instruction, style), None
+    if style != "none":
+        thought, answer = think(rng, habits, category, instruction, answer, working)
+        if style == "generic":
+            thought = f"{sample.GENERIC_THOUGHT_MARKER} {thought}"
+        if answer is None:
+            return prompt, thought
+        thought = f"{thought} {sample.RESPONSE_MARKERS[style]} "
+    if plain:
+        response = f"The answer is {answer}."
+    else:
+        response = respond(rng, answer, MUCH if habits is SCHOOL else FEW)
+    return prompt, (thought or "") + response
 
 
 # Tokenizer: one word, one token
@@ -459,7 +466,7 @@ def train(model, loss, draw, examples, lr, name):
     )
     rng, seen, steps, average, started = random.Random(f"{SEED} {name}"), 0, 0, None, time.time()
     while seen < examples:
-        for batch in batches(rng, draw(rng, min(8192, examples - seen))):
+        for batch in batches(rng, draw(rng, min(8192, examples - seen), seen / examples)):
             rate = lr * min((steps + 1) / 100, 1 - seen / examples + 0.02)
             value = loss(model, batch)
             value.backward()
@@ -493,6 +500,7 @@ def make_config(vocab_size, layers):
 
 def begin(model):
     """Draws the weights."""
+    torch.manual_seed(SEED)
     for name, weight in model.named_parameters():
         if weight.dim() == 2:
             last = name.endswith(("o_proj.weight", "down_proj.weight"))
@@ -512,7 +520,7 @@ def encode(tokenizer, pairs):
     ]
 
 
-# The judge: the base model, one block more, and a score that tells right from wrong
+# The judge: the base model, three blocks more, and a score that tells right from wrong
 
 
 class Judge(nn.Module):
@@ -535,59 +543,137 @@ class Judge(nn.Module):
         return self.score(self.model(tokens))[..., 0]
 
 
-def graded(rng, count, tokenizer, held_out):
-    """(ids, labels) of chats with right and wrong responses, in equal shares.
+class JudgeInTraining(nn.Module):
+    """A judge, and a head over the vocabulary that is dropped afterwards: see `running_values`."""
 
-    labels, one a token: 1 for each right word of the answer and 0 for each wrong one, at the last
-    token the grade: 1 or 0, and a little for every word. The judge is taught all facts.
+    def __init__(self, judge):
+        super().__init__()
+        self.judge = judge
+        self.value = nn.Linear(judge.config.hidden_size, judge.config.vocab_size)
+
+
+def running_values(tokenizer, ids, start, made):
+    """One label a token, -1 where there is none: what a check of the answer comes to on its way.
+
+    At each step of a chain (arithmetic, cups) the value reached; at each place of a given route the
+    one that its road begins at. A network that is to check an answer without writing anything must
+    find these inside; taught by right and wrong alone it does not, in the time that there is.
     """
-    chats, answers, rights = [], [], []
-    for _ in range(count):
-        category, instruction, answer, _ = lesson(rng, held_out, TOLD + UNTOLD)
-        given = corrupt(rng, category, instruction, answer) if rng.random() < 0.5 else answer
-        chats.append((instruction, respond(rng, given)))
-        answers.append(given)
-        rights.append([a == b for a, b in zip(given.split(), answer.split(), strict=True)])
+    category, instruction, _, working = made
+    labels, steps, values = [-1] * len(ids), [], []
+    if category == "route":
+        begins = {end: begin for begin, end in roads(instruction)}
+        places = [tokenizer.decode(ids[i : i + 1]) for i in range(start, len(ids))]
+        steps = [start + i for i, place in enumerate(places) if place in begins]
+        values = [begins[place] for place in places if place in begins]
+    elif category == "arithmetic":
+        names = tokenizer.encode("plus minus times")
+        steps = [i for i in range(1, start) if ids[i - 1] in names]
+        values = re.findall(r"is (\w+)", working)
+    elif category == "cups":
+        names = tokenizer.encode(" ".join(COLOURS))
+        steps = [i for i in range(start) if ids[i] in names][2::2]  # the first is where it starts
+        values = re.findall(r"to (\w+)", working)
+    for i, value in zip(steps, tokenizer.encode(" ".join(values)), strict=True):
+        labels[i] = value
+    return labels
+
+
+def roads(instruction):
+    """The (begin, end) of each road that an instruction of route tells of."""
+    listed = instruction.split("end and start at ")[1].split(".")[0]
+    return [tuple(reversed(road.split())) for road in listed.split(", ")]
+
+
+def final_answer(response):
+    """The words given as the answer, dressed or plain."""
+    return response.rsplit("answer is ", 1)[-1].split(".")[0].strip()
+
+
+def graded(rng, count, tokenizer, held_out, policy=None):
+    """(ids, labels, values) of chats to learn from, with answers that are right or nearly so; with
+    a policy, half of them are its own responses, asked directly and asked to think.
+
+    labels, one a token: for each word of the answer, see `rights`, and at the last token the
+    grade: 1 or 0, and the liking for length. values: see `running_values`. The judge is taught all
+    facts.
+    """
+    lessons = [lesson(rng, held_out, TOLD + UNTOLD, JUDGE_SHARES) for _ in range(count)]
+    own = lessons[: count // 2] if policy else []
     found = []
-    words = tokenizer.tokenizer.encode_batch(answers)
-    for (ids, start), word, right in zip(encode(tokenizer, chats), words, rights, strict=True):
-        at = next(i for i in range(start, len(ids)) if ids[i : i + len(right)] == word.ids)
-        labels = [math.nan] * len(ids)
-        labels[at : at + len(right)] = map(float, right)
-        labels[-1] = all(right) + LIKING * (len(ids) - start - MEAN_LENGTH)
-        found.append((ids, labels))
-    return found
+    for made in lessons[len(own) :]:
+        category, instruction, answer, _ = made
+        given = corrupt(rng, category, instruction, answer) if rng.random() < 0.5 else answer
+        found.append((made, respond(rng, given, SOME)))
+    for i, style in enumerate(("none", "specific") if policy else ()):
+        asked = {made[1]: made for made in own[i::4]}
+        rows = [{"instruction": key, "answer": made[2]} for key, made in asked.items()]
+        samples = ask(policy, tokenizer, rows, style, num_samples=2, seed=rng.randrange(2**31))
+        found += [(asked[row["instruction"]], text) for row, _, text, _ in samples if text]
+    chats = encode(tokenizer, [(made[1], response) for made, response in found])
+    return [
+        (ids, *grade(tokenizer, ids, start, made, response))
+        for (ids, start), (made, response) in zip(chats, found, strict=True)
+    ]
 
 
-def grade_loss(judge, batch):
-    """Squared errors at the words of the answer, and at the last token."""
-    labels = pad([labels for _, labels in batch], math.nan)  # (B, T)
-    scores = judge(pad([ids for ids, _ in batch]))
-    last = torch.tensor([len(ids) - 1 for ids, _ in batch])
+def grade(tokenizer, ids, start, made, response):
+    """(labels, values) of one chat, see `graded`. Before each word of an answer stands the right
+    word as its value, so that the judge goes on knowing what it would say itself."""
+    given = final_answer(response)
+    words, right = tokenizer.encode(given), rights(made, given.split())
+    at = next((i for i in range(start, len(ids)) if ids[i : i + len(words)] == words), None)
+    labels, values = [math.nan] * len(ids), running_values(tokenizer, ids, start, made)
+    if at is not None and len(words) == len(right):
+        labels[at : at + len(words)] = map(float, right)
+        if made[0] != "route":
+            values[at - 1 : at - 1 + len(words)] = tokenizer.encode(made[2])
+    labels[-1] = (given == made[2]) + LIKING * (len(ids) - start - MEAN_LENGTH)
+    return labels, values
+
+
+def rights(made, given):
+    """For each word of a given answer whether it is right; empty if words are missing.
+
+    A place of a route is right where a road leads to it: this can be seen at a glance.
+    """
+    category, instruction, answer, _ = made
+    answer = answer.split()
+    if len(given) != len(answer):
+        return []
+    if category == "route":
+        return [True, *(road in roads(instruction) for road in itertools.pairwise(given))]
+    return [a == b for a, b in zip(given, answer, strict=True)]
+
+
+def grade_loss(model, batch):
+    """Squared errors at the last token and at the words of the answer, and the running values'."""
+    parts = zip(zip(*batch, strict=True), (0, math.nan, -1), strict=True)
+    tokens, labels, values = (pad(part, fill) for part, fill in parts)  # (B, T) each
+    hidden = model.judge.model(tokens)  # (B, T, hidden)
+    scores = model.judge.score(hidden)[..., 0]  # (B, T)
+    last = torch.tensor([len(ids) - 1 for ids, *_ in batch])
     rows = torch.arange(len(batch))
-    end = F.mse_loss(scores[rows, last], labels[rows, last])
+    loss = F.mse_loss(scores[rows, last], labels[rows, last])
     labels[rows, last] = math.nan
-    words = labels.isfinite()
-    return end + F.mse_loss(scores[words], labels[words])
+    words, chained = labels.isfinite(), values >= 0
+    loss = loss + F.mse_loss(scores[words], labels[words])
+    if chained.any():
+        loss = loss + F.cross_entropy(model.value(hidden[chained]), values[chained])
+    return loss
 
 
 # Figures
 
 
-def exact_match(response, answer):
-    """Whether the response's answer is the one expected, dressed or plain."""
-    given = response.rsplit("answer is ", 1)[-1].split(".")[0]
-    return given.strip() == answer
-
-
-def ask(model, tokenizer, rows, style, num_samples):
+def ask(model, tokenizer, rows, style, num_samples, seed=SEED):
     """(row, thought, response, whether it is right) of every sample that could be cut."""
     turns = [
         [{"role": "user", "content": sample.thought_prompt(r["instruction"], style)}] for r in rows
     ]
     prompts = [tokenizer.apply_chat_template(turn) for turn in turns]
     completions = sample.generate(
-        model, prompts, num_samples, max_new_tokens=96, stop_ids=tokenizer.stop_ids, seed=SEED
+        model, prompts, num_samples, max_new_tokens=96, stop_ids=tokenizer.stop_ids, seed=seed
     )
     found = []
     for row, group in zip(rows, completions, strict=True):
@@ -596,7 +682,7 @@ def ask(model, tokenizer, rows, style, num_samples):
                 tokenizer.decode(completion.ids[:-1]), style
             )
             thought, response = parts or (None, None)
-            right = response is not None and exact_match(response, row["answer"])
+            right = response is not None and final_answer(response) == row["answer"]
             found.append((row, thought, response, right))
     return found
 
@@ -673,7 +759,6 @@ def main():
     argparse.ArgumentParser(description="Makes the toy world of this folder anew.").parse_args()
     started = time.time()
     torch.set_num_threads(2)  # sums are split among threads, so their number is part of the seed
-    torch.manual_seed(SEED)
     rng = random.Random(f"{SEED} instructions")
     rows = instructions(rng, VALIDATION + TEST + TRAIN)
     held_out = {row["instruction"] for row in rows}
@@ -693,7 +778,7 @@ def main():
         tokenizer = load_tokenizer(source)
 
         def examples_of(habits):
-            def draw(rng, count):
+            def draw(rng, count, _):
                 return encode(tokenizer, [example(rng, habits, held_out) for _ in range(count)])
 
             return draw
@@ -710,13 +795,10 @@ def main():
         policy = load_model(HERE / "policy")
         report_policy(policy, tokenizer, test)
 
-        train(
-            judge,
-            grade_loss,
-            lambda rng, count: graded(rng, count, tokenizer, held_out),
-            *JUDGING,
-            "judge",
-        )
+        def responses(rng, count, done):  # the policy's own, which take longer to make, come last
+            return graded(rng, count, tokenizer, held_out, policy if done >= 0.5 else None)
+
+        train(JudgeInTraining(judge), grade_loss, responses, *JUDGING, "judge")
         write_config(source, judge.config, "LlamaForSequenceClassification", num_labels=1)
         save_new(judge, HERE / "judge", source)
         report_judge(judge.float(), policy, tokenizer, test)
