@@ -1,6 +1,6 @@
 """Seconds an epoch and peak memory of DPO, against TRL's DPOTrainer on the same ids.
 
-On the CPU (issue E's sizes: width 256, 6 layers, 16 pairs, 8 a step) each side runs in a process
+On the CPU (width 256, 6 layers, 16 pairs, 8 a step) each side runs in a process
 of its own, in turn: float32, references computed before, every block but our last recomputed. TRL
 is left out where it is not installed. With --shape or on a GPU, ours alone, in this process.
 
