@@ -76,7 +76,7 @@ class Options:
     epochs: int = option(10, "passes over the pairs; paper 3.1", low=1)
     batch_size: int = option(64, "pairs a step; field", low=1)
     nll_weight: float = option(0.0, "IRPO's term; paper: it made little difference", low=0)
-    micro_batch_tokens: int = option(8192, "computed at once, at least a pair; ours", low=1)
+    micro_batch_tokens: int = option(2048, "computed at once, at least a pair; ours", low=1)
     keep_activations: int = option(
         1,
         "blocks that are not recomputed in the backward pass: the last costs nothing; ours",

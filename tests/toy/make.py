@@ -68,6 +68,7 @@ RECIPE = {
     "max_new_tokens": 96,
     "epochs": 2,
     "batch_size": 16,
+    "micro_batch_tokens": 8192,
     "lr": 5e-5,
     "beta": 0.1,
     "rho": 0.25,
