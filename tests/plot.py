@@ -68,7 +68,7 @@ def draw(runs):
         from matplotlib.figure import Figure
     except ImportError:
         raise InputError("matplotlib: not installed; pip install matplotlib") from None
-    figure = Figure(figsize=(13, 4), layout="constrained")
+    figure = Figure(figsize=(13, 5), layout="constrained")
     shares, lengths, categories = figure.subplots(1, 3)
     for i, (name, (direct, rows)) in enumerate(runs.items()):
         for key, style in LINES.items():
@@ -78,9 +78,9 @@ def draw(runs):
                 label = f"{name}: {key.replace('_', ' ').removesuffix(' tokens')}"
                 x, *values = zip(*points, strict=True)
                 bars(panel, "y", x, values, label, color=f"C{i}", linestyle=style)
-        if direct["exact_match"] is not None:
-            height, label = 100 * direct["exact_match"], f"{name}: exact match, seed asked directly"
-            shares.axhline(height, label=label, color=f"C{i}", linestyle=":")
+        if i == 0 and direct["exact_match"] is not None:
+            height, label = 100 * direct["exact_match"], "exact match, seed asked directly"
+            shares.axhline(height, label=label, color="gray", linestyle=":")
         if found := gains(direct, rows[-1]):
             places = [place + i / (len(runs) + 1) for place in range(len(found))]
             values = zip(*found.values(), strict=True)
@@ -93,7 +93,7 @@ def draw(runs):
     categories.axvline(0, color="gray", linewidth=0.8)
     categories.invert_yaxis()
     for panel in (shares, lengths):
-        panel.legend(fontsize="small")
+        panel.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.13))
         panel.xaxis.get_major_locator().set_params(integer=True)
     return figure
 
