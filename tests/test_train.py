@@ -178,7 +178,8 @@ def test_stopped_at_changes_of_its_folder_it_ends_with_the_same_bytes(
     )
     assert done.returncode == 0, done.stdout + done.stderr
     print(done.stdout)
-    assert int(done.stdout.split()[1]) >= 400 // int(every)
+    changes = {"kill": 588, "full": 378}[fault]  # of the whole chain, when this was written
+    assert int(done.stdout.split()[1]) >= 0.9 * changes // int(every)
 
 
 def test_a_hub_id_is_resolved_once_a_run(world, tmp_path, monkeypatch):
