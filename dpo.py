@@ -31,6 +31,7 @@ from safetensors import SafetensorError, safe_open
 
 from model import (
     DTYPES,
+    GIB,
     InputError,
     LanguageModel,
     add_options,
@@ -38,6 +39,7 @@ from model import (
     check_output,
     checkpoint_folder,
     expect,
+    fill,
     load_model,
     load_tokenizer,
     option,
@@ -191,14 +193,7 @@ def chunks(targets):
 
 def micro_batches(pairs, tokens):
     """Cuts a list of pairs, in order, into lists of at most `tokens` tokens, or of one pair."""
-    parts, room = [], 0
-    for pair in pairs:
-        if len(pair) > room:
-            parts.append([])
-            room = tokens
-        parts[-1].append(pair)
-        room -= len(pair)
-    return parts
+    return fill(pairs, map(len, pairs), tokens)
 
 
 def reference_logprobs(model, pairs, options):
@@ -501,8 +496,6 @@ def load_state(folder, optimizer, mark):
 
 
 # Memory
-
-GIB = 2**30
 
 
 def memory_parts(config, tokens, options, dtype):

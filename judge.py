@@ -36,6 +36,7 @@ from model import (
     checkpoint_folder,
     expect,
     file_hash,
+    fill,
     folder_hash,
     load_model,
     load_tokenizer,
@@ -247,18 +248,6 @@ class Pointwise(Judge):
             if chat[start : start + len(self.header)] == self.header:
                 return start
         raise InputError(f"the judge's chat: found no {ASSISTANT_HEADER!r}, expected one")
-
-
-def fill(items, sizes, most):
-    """Cuts a list, in order, into lists whose sizes sum to `most` at most, or of one item."""
-    parts, room = [], 0
-    for item, size in zip(items, sizes, strict=True):
-        if size > room:
-            parts.append([])
-            room = most
-        parts[-1].append(item)
-        room -= size
-    return parts
 
 
 # The prompt that the Self-Taught Evaluator was trained on, MT-Bench's for pairs, word for word:

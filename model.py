@@ -38,6 +38,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+GIB = 2**30
 
 
 # Files and errors
@@ -679,6 +680,18 @@ def shared_length(sequences):
     return next((i for i in range(most) if low[i] != high[i]), most)
 
 
+def fill(items, sizes, most):
+    """Cuts a list, in order, into lists whose sizes sum to `most` at most, or of one item."""
+    parts, room = [], 0
+    for item, size in zip(items, sizes, strict=True):
+        if size > room:
+            parts.append([])
+            room = most
+        parts[-1].append(item)
+        room -= size
+    return parts
+
+
 class KVCache:
     """Keys and values of a fixed number of slots, each a sequence at its own position.
 
@@ -845,13 +858,9 @@ def save_model(model, path, source):
 
 
 def save_shards(tensors, folder):
-    shards, room = [], 0
-    for name, tensor in tensors.items():
-        if tensor.nbytes > room:
-            shards.append({})
-            room = SHARD_BYTES
-        shards[-1][name] = tensor.contiguous()
-        room -= tensor.nbytes
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    shards = fill(tensors.items(), (tensor.nbytes for tensor in tensors.values()), SHARD_BYTES)
+    shards = [dict(shard) for shard in shards]
     if len(shards) == 1:
         save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
         return
@@ -1029,7 +1038,7 @@ def main():
     for key, value in vars(config).items():
         print(f"{key:18} {value}")
     print(f"{'stop ids':18} {list(tokenizer.stop_ids)}")
-    print(f"{'parameters':18} {count:,} ({2 * count / 2**30:.2f} GiB in bf16)")
+    print(f"{'parameters':18} {count:,} ({2 * count / GIB:.2f} GiB in bf16)")
     cache = KVCache.bytes_per_token(config, torch.bfloat16)
     print(f"{'cache':18} {cache:,} bytes a token in bf16")
 

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from model import (
     DTYPES,
+    GIB,
     KVCache,
     add_options,
     check_output,
@@ -381,14 +382,14 @@ def plan_slots(model, length, completions, memory=None):
     weight = model.head
     slot_bytes = length * KVCache.bytes_per_token(model.config, weight.dtype)
     if memory is None:
-        memory = 4 * 2**30
+        memory = 4 * GIB
         if weight.device.type == "cuda":
             total = torch.cuda.get_device_properties(weight.device).total_memory
             drawing = MOST_SLOTS * DRAW_BYTES * model.config.vocab_size
             memory = int(0.9 * total) - torch.cuda.memory_allocated(weight.device) - drawing
     slots = min(MOST_SLOTS, completions, memory // slot_bytes)
-    least = f"at least {slot_bytes / 2**30:.2f} GiB for one sequence of {length} tokens"
-    expect(slots >= 1, "--cache-memory", f"{memory / 2**30:.2f} GiB", least)
+    least = f"at least {slot_bytes / GIB:.2f} GiB for one sequence of {length} tokens"
+    expect(slots >= 1, "--cache-memory", f"{memory / GIB:.2f} GiB", least)
     return slots, slots * slot_bytes
 
 
@@ -462,12 +463,12 @@ def sample_rows(model, tokenizer, rows, options, path, done=0, progress=True):
     length = min(
         max(len(ids) for _, ids in prompts) + options.max_new_tokens, model.config.max_positions
     )
-    memory = None if options.cache_memory is None else int(options.cache_memory * 2**30)
+    memory = None if options.cache_memory is None else int(options.cache_memory * GIB)
     in_a_group = min(options.group, len(rows)) * options.num_samples
     slots, cache = plan_slots(model, length, in_a_group, memory)
     decoder = Decoder(model, slots, length)
     if progress:
-        budget = f"{slots} slots of {length} tokens, {cache / 2**30:.2f} GiB of cache"
+        budget = f"{slots} slots of {length} tokens, {cache / GIB:.2f} GiB of cache"
         print(f"sampling: {budget}", file=sys.stderr)
     start, tokens, began = done * options.group, 0, time.monotonic()
     total, before = len(rows) * options.num_samples, start * options.num_samples

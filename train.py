@@ -37,6 +37,7 @@ import judge as judging
 import sample
 from model import (
     DTYPES,
+    GIB,
     InputError,
     LanguageModel,
     add_options,
@@ -60,7 +61,6 @@ from model import (
     write_jsonl,
 )
 
-GIB = 2**30
 TOY_RECIPE = Path(__file__).parent / "tests" / "toy" / "recipe.json"
 PATHS = ("model", "judge", "instructions", "validation")
 
@@ -340,8 +340,7 @@ def validate_seed(run, held_out):
     for style, path in paths.items():
         row = validate(run, judge, path, 0, style)
         run.log({"stage": "validation", **row}, "thought")
-        asked = "directly" if style == "none" else "to think"
-        say(f"seed, asked {asked}: {describe(row)}")
+        say(f"{label(row)}: {describe(row)}")
     del judge
     release()
 
@@ -464,7 +463,10 @@ def number(value, digits=1):
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-LABELS = {"none": "directly"}
+def label(row):
+    """The model of a validation row, in words."""
+    asked = "directly" if row["thought"] == "none" else "to think"
+    return f"iteration {row['iteration']}" if row["iteration"] else f"seed, asked {asked}"
 
 
 def report(rows_of_runs):
@@ -477,12 +479,10 @@ def report(rows_of_runs):
         for row in rows:
             if row["stage"] != "validation":
                 continue
-            asked = LABELS.get(row["thought"], "to think")
-            label = f"iteration {row['iteration']}" if row["iteration"] else f"seed, asked {asked}"
             table.append(
                 [
                     name,
-                    label,
+                    label(row),
                     with_interval(row, "exact_match"),
                     with_interval(row, "win_rate"),
                     number(row["score"], 3),
@@ -494,7 +494,9 @@ def report(rows_of_runs):
             by_category = row["by_category"]
             categories[0] += [key for key in by_category if key not in categories[0]]
             cells = {key: with_interval(value, "exact_match") for key, value in by_category.items()}
-            categories.append([name, label, *(cells.get(key, "-") for key in categories[0][2:])])
+            categories.append(
+                [name, label(row), *(cells.get(key, "-") for key in categories[0][2:])]
+            )
     text = markdown(table)
     if len(categories[0]) > 2:
         text += "\n\nExact match by category, 95% intervals:\n\n" + markdown(categories)

@@ -38,7 +38,6 @@ CONFIG = LLAMA | {
 CHARACTERS = 700  # most of a response
 BATCH, EPOCHS = 8, 4  # the first epoch warms up and is not counted
 LENGTHS = (200, 2048)  # of a prompt and of an output, at a public size
-GIB = 2**30
 SPECIAL = ["</s>", "<unk>", "<s>"]
 
 
@@ -194,7 +193,7 @@ def compare(args):
         print(
             f"  {side:5} {middle:6.2f} s an epoch ({least:.2f} to {wall[-1]:.2f}), "
             f"{work:.2f} s of processor time, {tokens / middle:,.0f} tokens/s, "
-            f"peak {peak / GIB:.2f} GiB, last loss {runs[0]['losses'][-1]:.5f}"
+            f"peak {peak / model.GIB:.2f} GiB, last loss {runs[0]['losses'][-1]:.5f}"
         )
     if len(rows) < 2:
         return {}
@@ -233,7 +232,7 @@ def at_a_public_size(args):
     print(
         f"dpo, {shape}: {tokens / seconds:,.0f} tokens/s forward and backward, "
         f"{flops / 1e12:,.2f} TFLOP/s, {flops / rate:.0%} of the measured {rate / 1e12:,.2f}; "
-        f"peak {dpo.peak_memory(device) / GIB:.2f} GiB, estimated {estimate / GIB:.2f}"
+        f"peak {dpo.peak_memory(device) / model.GIB:.2f} GiB, estimated {estimate / model.GIB:.2f}"
     )
 
 

@@ -36,6 +36,7 @@ sys.path.insert(0, str(HERE.parents[1]))
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
 
 import sample  # noqa: E402
+from judge import load_judge  # noqa: E402
 from model import (  # noqa: E402
     Config,
     LanguageModel,
@@ -525,7 +526,7 @@ def encode(tokenizer, pairs):
 
 
 class Judge(nn.Module):
-    """A trunk and one score a position, named as in LlamaForSequenceClassification."""
+    """A trunk and its score of a position, named as in LlamaForSequenceClassification."""
 
     def __init__(self, base, layers):
         super().__init__()
@@ -538,10 +539,6 @@ class Judge(nn.Module):
         self.model = grown.model
         self.score = nn.Linear(self.config.hidden_size, 1, bias=False)
         nn.init.normal_(self.score.weight, std=0.02)
-
-    def forward(self, tokens):
-        """(B, T) int64 -> (B, T) scores; a chat's score is the one at its last token."""
-        return self.score(self.model(tokens))[..., 0]
 
 
 class JudgeInTraining(nn.Module):
@@ -706,28 +703,18 @@ def report_policy(model, tokenizer, rows):
         print_row(f"{style}: {mean(right.values()):.3f}", right)
 
 
-@torch.inference_mode()
 def report_judge(judge, policy, tokenizer, rows):
     """How often the judge puts a right response of the seed above a wrong one, by category."""
     found = ask(policy, tokenizer, rows, "none", num_samples=8)
     found += ask(policy, tokenizer, rows, "specific", num_samples=8)
-    found = [f for f in found if f[2] is not None]
-    chats = encode(tokenizer, [(row["instruction"], response) for row, _, response, _ in found])
-    scores = []
-    for i in range(0, len(chats), 256):
-        rows = [ids for ids, _ in chats[i : i + 256]]
-        values = judge(pad(rows)).tolist()
-        scores += [value[len(ids) - 1] for value, ids in zip(values, rows, strict=True)]
-    groups = {}
-    for (row, _, response, right), score in zip(found, scores, strict=True):
-        group = groups.setdefault(row["instruction"], (row["category"], [], [], []))
-        for values, value in zip(group[1:], (right, score, len(response.split())), strict=True):
-            values.append(value)
     above, agreement = {c: [] for c in MAKERS}, []
-    for category, right, score, length in groups.values():
-        pairs = itertools.product(zip(right, score, strict=True), repeat=2)
-        above[category] += [a > b for (good, a), (bad, b) in pairs if good and not bad]
-        agreement.append(correlation(score, length))
+    for row in rows:
+        own = [(text, ok) for of, _, text, ok in found if of is row and text is not None]
+        texts, right = zip(*own, strict=True)
+        scores = judge.score(row["instruction"], texts)
+        pairs = itertools.product(zip(right, scores, strict=True), repeat=2)
+        above[row["category"]] += [a > b for (good, a), (bad, b) in pairs if good and not bad]
+        agreement.append(correlation(scores, [len(text.split()) for text in texts]))
     print_row("judge: right above wrong", {c: mean(values) for c, values in above.items()})
     print(f"  all pairs: {mean(itertools.chain(*above.values())):.3f}")
     print(f"  correlation of score and length within an instruction: {mean(agreement):.3f}")
@@ -802,7 +789,7 @@ def main():
         train(JudgeInTraining(judge), grade_loss, responses, *JUDGING, "judge")
         write_config(source, judge.config, "LlamaForSequenceClassification", num_labels=1)
         save_new(judge, HERE / "judge", source)
-        report_judge(judge.float(), policy, tokenizer, test)
+        report_judge(load_judge(HERE / "judge"), policy, tokenizer, test)
     size = sum(file.stat().st_size for file in HERE.rglob("*") if file.is_file())
     print(f"{size / 2**20:.1f} MiB in {(time.time() - started) / 60:.1f} minutes")
 

@@ -95,6 +95,17 @@ def spread(values, form="+.1f", unit=""):
     return f"{statistics.mean(values):{form}}{around}{unit}"
 
 
+def gains_over(ours, theirs):
+    """Points of exact match, a seed each, that one arm ends above the other."""
+    pairs = zip(ours, theirs, strict=True)
+    return [100 * (a.last["exact_match"] - b.last["exact_match"]) for a, b in pairs]
+
+
+def change(values):
+    """Percent from the first to the last."""
+    return 100 * (values[-1] / values[0] - 1)
+
+
 def finding(number, text, figures, holds):
     """One line: how many seeds show it, and the figure's mean and standard deviation."""
     print(f"{number}. {text}\n   {sum(holds)} of {len(holds)} seeds; {figures}")
@@ -112,10 +123,7 @@ def findings(seeds):
         f"thinking minus direct: {spread(points)} points",
         [p <= -3 for p in points],
     )
-    gains = [
-        100 * (a.last["exact_match"] - b.last["exact_match"])
-        for a, b in zip(tpo, direct, strict=True)
-    ]
+    gains = gains_over(tpo, direct)
     wins = [
         100 * win_rate_of_scores(a.scores(), b.scores())[0]
         for a, b in zip(tpo, direct, strict=True)
@@ -126,30 +134,23 @@ def findings(seeds):
         f"exact match {spread(gains)} points, win rate {spread(wins, '.1f', '%')}",
         [g >= 10 and w > 55 for g, w in zip(gains, wins, strict=True)],
     )
-    thoughts = [r.lengths("thought_tokens") for r in tpo]
-    shrunk = [100 * (1 - t[-1] / t[0]) for t in thoughts]
+    shrunk = [-change(r.lengths("thought_tokens")) for r in tpo]
     finding(
         3,
         "Thoughts shrink by 10% or more.",
         f"by {spread(shrunk, '.1f', '%')}",
         [s >= 10 for s in shrunk],
     )
-    controlled = [r.lengths("response_tokens") for r in tpo]
+    controlled = [change(r.lengths("response_tokens")) for r in tpo]
     grown = [r.lengths("response_tokens") for r in free]
-    change = [100 * (v[-1] / v[0] - 1) for v in controlled]
-    growth = [100 * (v[-1] / v[0] - 1) for v in grown]
-    cost = [
-        100 * (a.last["exact_match"] - b.last["exact_match"])
-        for a, b in zip(tpo, free, strict=True)
-    ]
     finding(
         4,
         "With rho 0 responses grow every iteration; with the default they stay within 5%.",
-        f"default rho {spread(change)}%, rho 0 {spread(growth)}%; exact match of the default "
-        f"less that of rho 0: {spread(cost)} points",
+        f"default rho {spread(controlled)}%, rho 0 {spread(map(change, grown))}%; exact match of "
+        f"the default less that of rho 0: {spread(gains_over(tpo, free))} points",
         [
             abs(c) <= 5 and all(a < b for a, b in pairwise(g))
-            for c, g in zip(change, grown, strict=True)
+            for c, g in zip(controlled, grown, strict=True)
         ],
     )
     print("5. Gains by category, in points of exact match, with 95% intervals.\n")
