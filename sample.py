@@ -137,9 +137,8 @@ def invert_cdf(logprobs, uniforms, top_p):
     They are in descending order, so that the first ones are the nucleus; any order does where
     top_p is infinite and keeps all.
     """
-    probs = logprobs.exp().double()
-    cdf = probs.cumsum(-1)
-    kept = (cdf - probs < top_p).sum(-1, keepdim=True)  # a token is kept while those before lack
+    cdf = logprobs.exp().double().cumsum(-1)
+    kept = 1 + (cdf[:, :-1] < top_p).sum(-1, keepdim=True)  # a token, while those before it lack
     target = uniforms[:, None] * cdf.gather(-1, kept - 1)
     choice = (cdf <= target).sum(-1, keepdim=True).minimum(kept - 1)
     return choice[:, 0], cdf[:, -1]
@@ -208,10 +207,14 @@ class Decoder:
         parts = [(both[..., :shared, :], both[..., s:e, :]) for s, e in spans]
         return parts, F.linear(hidden, self.model.head)
 
-    def fits(self, prompts):
-        """Whether prompts are prefilled together: PREFILL_TOKENS, what they share counted once."""
+    def fits(self, prompts, num_samples):
+        """Whether prompts are prefilled together: PREFILL_TOKENS, what they share counted once.
+
+        Nor are there more completions of them than slots, so that drawing takes no more than then.
+        """
         repeated = (len(prompts) - 1) * shared_length(prompts)
-        return sum(map(len, prompts)) - repeated <= self.PREFILL_TOKENS
+        few = len(prompts) * num_samples <= self.slots
+        return few and sum(map(len, prompts)) - repeated <= self.PREFILL_TOKENS
 
     def step(self, tokens, positions):
         """The next token's logits (n, V) of the first n slots, given their last tokens.
@@ -321,7 +324,7 @@ def generate(
     def prefill():
         """Prefills the next prompts and draws the first token of each of their completions."""
         batch = [queue.popleft()]
-        while queue and decoder.fits([prompts[i] for i in (*batch, queue[0])]):
+        while queue and decoder.fits([prompts[i] for i in (*batch, queue[0])], num_samples):
             batch.append(queue.popleft())
         parts, logits = decoder.prefill([prompts[i] for i in batch])
         rows = []

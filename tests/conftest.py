@@ -6,6 +6,7 @@ fixture stores a config and what transformers made of it, never the weights.
 
 import json
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 torch.set_num_threads(1)
@@ -165,3 +167,50 @@ def tiny(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     write_tokenizer(folder)
     return write_checkpoint(folder)
+
+
+class TensorBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors alive, and the most there were."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.peak, self.known = 0, 0, set()
+
+    def count(self, tensor):
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.known:
+            self.known.add(key)
+            self.alive += size
+            self.peak = max(self.peak, self.alive)
+            weakref.finalize(storage, self.forget, key, size)
+
+    def forget(self, key, size):
+        self.known.remove(key)
+        self.alive -= size
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for x in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(x, torch.Tensor):
+                self.count(x)
+        return result
+
+
+@pytest.fixture
+def tensor_bytes(monkeypatch):
+    """tensor_bytes(model): a TensorBytes that holds the model's weights already."""
+    import model
+
+    def begin(llm):
+        tensors = TensorBytes()
+        for p in llm.parameters():
+            tensors.count(p)
+        return tensors
+
+    def mask(rows, columns):
+        return torch.ones(rows, columns, dtype=torch.bool).tril(columns - rows)
+
+    # The mask object of torch cannot be made under a dispatch mode; the mask it stands for can.
+    monkeypatch.setattr(model, "causal_lower_right", mask)
+    return begin

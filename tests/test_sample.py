@@ -102,6 +102,34 @@ def test_what_prompts_share_is_run_once(llm, monkeypatch):
     assert sizes == [66, 64, 52]
 
 
+# What most of the memory is: weights, the cache, or the logits that are drawn from.
+SIZES = {
+    "weights": {"hidden_size": 64, "intermediate_size": 4000, "num_hidden_layers": 3},
+    "cache": {"num_hidden_layers": 6, "num_key_value_heads": 4},
+    "logits": {"vocab_size": 5000},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("largest", SIZES)
+def test_memory_is_the_budgeted_whatever_the_number_of_prompts(
+    tmp_path, tensor_bytes, largest, dtype
+):
+    config = LLAMA | SIZES[largest]
+    llm = model.load_model(write_checkpoint(tmp_path / "x", config, dtype=dtype), dtype=dtype)
+    length, slots, peaks = 200, 16, []
+    _, cache = sample.plan_slots(llm, length, slots)
+    drawing = slots * config["vocab_size"] * sample.DRAW_BYTES
+    budget = sum(p.nbytes for p in llm.parameters()) + cache + drawing
+    for count in (2, 4, 40):
+        prompts = [[count, i, *range(2, 2 + i % 9)] for i in range(count)]
+        with tensor_bytes(llm) as tensors:
+            sample.generate(llm, prompts, 8, 12, decoder=sample.Decoder(llm, slots, length))
+        peaks.append(tensors.peak / budget)
+    assert 0.9 < min(peaks) and max(peaks) < 1.1
+    assert max(peaks) < 1.02 * min(peaks)
+
+
 # The law
 
 
