@@ -166,20 +166,24 @@ class TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, head, targets):
-        ctx.save_for_backward(hidden, head, targets)
-        logprobs = [
-            widen(F.linear(hidden[rows], head)).log_softmax(-1).gather(-1, targets[rows, None])
-            for rows in chunks(targets)
-        ]
-        return torch.cat(logprobs)[:, 0]
+        found, totals = [], []
+        for rows in chunks(targets):
+            logits = widen(F.linear(hidden[rows], head))  # (LOGIT_ROWS, V)
+            found.append(logits.gather(-1, targets[rows, None]))
+            largest = logits.amax(-1, keepdim=True)
+            # log-sum-exp in the logits' own memory, which at 128k tokens is large
+            totals.append(logits.sub_(largest).exp_().sum(-1, keepdim=True).log_().add_(largest))
+        total = torch.cat(totals)  # (M, 1)
+        ctx.save_for_backward(hidden, head, targets, total)
+        return (torch.cat(found) - total)[:, 0]
 
     @staticmethod
     def backward(ctx, grad):
-        hidden, head, targets = ctx.saved_tensors
+        hidden, head, targets, total = ctx.saved_tensors
         hidden_grad, head_grad = torch.empty_like(hidden), torch.zeros_like(head)
         for rows in chunks(targets):
-            softmax = widen(F.linear(hidden[rows], head)).softmax(-1)  # (LOGIT_ROWS, V)
-            logits_grad = softmax.mul_(-grad[rows, None])
+            logits = widen(F.linear(hidden[rows], head))  # (LOGIT_ROWS, V)
+            logits_grad = logits.sub_(total[rows]).exp_().mul_(-grad[rows, None])
             logits_grad.scatter_add_(-1, targets[rows, None], grad[rows, None])
             logits_grad = logits_grad.to(head.dtype)
             hidden_grad[rows] = logits_grad @ head
@@ -518,7 +522,7 @@ def memory_parts(config, tokens, options, dtype):
         "optimizer": count * (12 if narrow else 8),
         "activations": tokens * (inputs + kept * block),
         # Then one after another: the head's backward pass, a recomputed block's, the update.
-        "logits": min(tokens, LOGIT_ROWS) * config.vocab_size * 8
+        "logits": min(tokens, LOGIT_ROWS) * config.vocab_size * (4 + 2 * narrow)
         + item * hidden * (config.vocab_size + 3 * tokens),
         "block": tokens * (block * (kept == 0) + 2 * item * wide),
         "update": largest * 4 * (1 + narrow + moved * (2 + narrow)),
