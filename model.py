@@ -507,13 +507,13 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.output_bias)
 
-    def forward(self, x, cos, sin, attend):
+    def forward(self, x, cos, sin, attend, kept=slice(None)):
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, head_dim)
         k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, KV, T, head_dim)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, KV, T, head_dim)
         out = attend(self.layer, rotate(q, cos, sin), rotate(k, cos, sin), v)  # (B, H, T, head_dim)
-        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))  # (B, T, hidden)
+        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1)[:, kept])  # (B, kept, hidden)
 
 
 class MLP(nn.Module):
@@ -539,7 +539,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, cos, sin, attend, kept=slice(None)):
-        x = (x + self.self_attn(self.input_layernorm(x), cos, sin, attend))[:, kept]
+        x = x[:, kept] + self.self_attn(self.input_layernorm(x), cos, sin, attend, kept)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -562,8 +562,8 @@ class Trunk(nn.Module):
         positions: (B, T) int64, default 0..T-1. attend: who sees whom, see Attention.
         recompute: gradient checkpointing, the number of blocks (from the first) that keep only
         their input and compute the rest again in the backward pass.
-        kept: the places in a row that are wanted, a list (default: all). The last MLP runs there
-        alone, and the result is (B, len(kept), hidden).
+        kept: the places in a row that are wanted, a list (default: all). Behind the last attention
+        nothing else is computed, and the result is (B, len(kept), hidden).
         """
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
