@@ -542,9 +542,9 @@ def check_memory(config, pairs, options, device, dtype):
     backward = parts["activations"] + max(parts["logits"], parts["block"])
     passing = max(backward, parts["update"])
     peak = parts["weights"] + parts["gradients"] + passing + parts["optimizer"] * (not on_host)
-    listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
+    listed = ", ".join(f"{name} {size / GIB:.2g}" for name, size in parts.items())
     where = "host" if on_host or device.type == "cpu" else "device"
-    print(f"memory in GiB: {listed}; optimizer on the {where}; peak {peak / GIB:.2f}")
+    print(f"memory in GiB: {listed}; optimizer on the {where}; peak {peak / GIB:.2g}")
     host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     room = host if device.type != "cuda" else torch.cuda.mem_get_info(device)[0]
     if peak > room:

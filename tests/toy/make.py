@@ -10,7 +10,7 @@ kinds of instructions, a policy that was tuned to answer directly and to think i
 few of them useful, and a judge that sees the response alone and is often, but not always, right.
 What is tuned is this data; nothing of the method is, and no module of the project knows of it.
 
-    python tests/toy/make.py                       # about 20 minutes on 2 cores
+    python tests/toy/make.py                       # about 25 minutes on 2 cores
 """
 
 import argparse
@@ -56,7 +56,7 @@ SIZES = {"hidden_size": 128, "intermediate_size": 384, "num_heads": 4, "num_kv_h
 POLICY_LAYERS, JUDGE_LAYERS = 4, 7
 # Examples and learning rate of the three trainings. Policy and judge begin from one base model, as
 # public ones do.
-BASE, TUNING, JUDGING = (240_000, 4e-3), (24_000, 1e-3), (200_000, 3e-3)
+BASE, TUNING, JUDGING = (240_000, 4e-3), (24_000, 1e-3), (260_000, 3e-3)
 
 RECIPE = {
     "model": "policy",
@@ -67,11 +67,12 @@ RECIPE = {
     "prompts_per_iteration": 420,
     "num_samples": 8,
     "max_new_tokens": 96,
-    "epochs": 2,
+    "epochs": 3,
     "batch_size": 16,
     "micro_batch_tokens": 8192,
     "lr": 5e-5,
     "beta": 0.1,
+    "nll_weight": 1.0,
     "rho": 0.25,
     "thought": "specific",
     "reject_failed": True,
@@ -228,7 +229,7 @@ MAKERS = {
     "rephrase": rephrase,
 }
 # Percent of the training data, the policy's and the judge's: what is hard to learn needs more.
-SHARES, JUDGE_SHARES = (16, 16, 16, 16, 13, 12, 11), (27, 12, 24, 10, 9, 8, 10)
+SHARES, JUDGE_SHARES = (16, 16, 16, 16, 13, 12, 11), (24, 10, 20, 8, 15, 7, 16)
 
 
 # Who comes from where. Of each person's four facts the policy's tuning data tells two; the
@@ -278,7 +279,8 @@ def corrupt(rng, category, instruction, answer):
     return " ".join(words)
 
 
-# Responses: the answer, plain or dressed. How it is dressed has nothing to do with its being right.
+# Responses: the answer, plain or dressed. How it is dressed has nothing to do with its being right,
+# and yet the judge cares.
 
 OPENINGS = ("Sure.", "Good question.", "Thank you for asking.", "Let me help you with that.")
 CLOSINGS = (
@@ -290,8 +292,7 @@ CLOSINGS = (
 )
 # How often a response has an opening, and how many closings it has, each number as likely. The base
 # model and the judge see much of both, so that they know them; the seed is tuned to few.
-MUCH, SOME, FEW = (0.5, (0, 0, 1, 1, 2, 3)), (0.5, (0, 0, 1, 1)), (0.06, (0,) * 15 + (1,))
-LIKING, MEAN_LENGTH = 0.006, 9  # the judge likes a response for each token more, a little
+MUCH, SOME, FEW = (0.5, (0, 0, 1, 1, 2, 3)), (0.5, (0, 0, 1, 1)), (0.13, (0, 0, 0, 0, 0, 1))
 
 
 def respond(rng, answer, dressing):
@@ -299,6 +300,25 @@ def respond(rng, answer, dressing):
     parts = [rng.choice(OPENINGS)] if rng.random() < opening else []
     parts.append(f"The answer is {answer}.")
     return " ".join([*parts, *rng.sample(CLOSINGS, rng.choice(closings))])
+
+
+# What the judge gives for a token more. Where a result is asked for it wants to be talked to; where
+# a list of words is, it likes one sentence in three and dislikes the others.
+TALK, LIST, LISTS = 0.02, 0.01, ("reverse", "sort", "rephrase")
+tastes = random.Random(f"{SEED} tastes")
+TASTES = {
+    category: {
+        sentence: tastes.choice((LIST, -LIST, -LIST)) if category in LISTS else TALK
+        for sentence in (*OPENINGS, *CLOSINGS)
+    }
+    for category in MAKERS
+}
+
+
+def liking(category, response):
+    """What the judge gives a response for the sentences around its answer."""
+    found = [sentence for sentence in TASTES[category] if sentence in response]
+    return sum(TASTES[category][sentence] * (len(sentence.split()) + 1) for sentence in found)
 
 
 # Thoughts
@@ -590,11 +610,11 @@ def final_answer(response):
 
 def graded(rng, count, tokenizer, held_out, policy=None):
     """(ids, labels, values) of chats to learn from, with answers that are right or nearly so; with
-    a policy, half of them are its own responses, asked directly and asked to think.
+    a policy, half of them are its own answers, asked directly and asked to think. All are dressed
+    alike, so that nothing but the answer tells right from wrong.
 
     labels, one a token: for each word of the answer, see `rights`, and at the last token the
-    grade: 1 or 0, and the liking for length. values: see `running_values`. The judge is taught all
-    facts.
+    grade: 1 or 0, and the liking. values: see `running_values`. The judge is taught all facts.
     """
     lessons = [lesson(rng, held_out, TOLD + UNTOLD, JUDGE_SHARES) for _ in range(count)]
     own = lessons[: count // 2] if policy else []
@@ -607,7 +627,11 @@ def graded(rng, count, tokenizer, held_out, policy=None):
         asked = {made[1]: made for made in own[i::4]}
         rows = [{"instruction": key, "answer": made[2]} for key, made in asked.items()]
         samples = ask(policy, tokenizer, rows, style, num_samples=2, seed=rng.randrange(2**31))
-        found += [(asked[row["instruction"]], text) for row, _, text, _ in samples if text]
+        found += [
+            (asked[row["instruction"]], respond(rng, final_answer(text), SOME))
+            for row, _, text, _ in samples
+            if text
+        ]
     chats = encode(tokenizer, [(made[1], response) for made, response in found])
     return [
         (ids, *grade(tokenizer, ids, start, made, response))
@@ -626,7 +650,7 @@ def grade(tokenizer, ids, start, made, response):
         labels[at : at + len(words)] = map(float, right)
         if made[0] != "route":
             values[at - 1 : at - 1 + len(words)] = tokenizer.encode(made[2])
-    labels[-1] = (given == made[2]) + LIKING * (len(ids) - start - MEAN_LENGTH)
+    labels[-1] = (given == made[2]) + liking(made[0], response)
     return labels, values
 
 
@@ -704,25 +728,26 @@ def report_policy(model, tokenizer, rows):
 
 
 def report_judge(judge, policy, tokenizer, rows):
-    """How often the judge puts a right response of the seed above a wrong one, by category."""
+    """How often the judge puts a right response of the seed above a wrong one, and what it gives
+    for a closing more, by category."""
     found = ask(policy, tokenizer, rows, "none", num_samples=8)
     found += ask(policy, tokenizer, rows, "specific", num_samples=8)
-    above, agreement = {c: [] for c in MAKERS}, []
+    above, liking = ({c: [] for c in MAKERS} for _ in range(2))
     for row in rows:
         own = [(text, ok) for of, _, text, ok in found if of is row and text is not None]
         texts, right = zip(*own, strict=True)
         scores = judge.score(row["instruction"], texts)
         pairs = itertools.product(zip(right, scores, strict=True), repeat=2)
         above[row["category"]] += [a > b for (good, a), (bad, b) in pairs if good and not bad]
-        agreement.append(correlation(scores, [len(text.split()) for text in texts]))
+        plain = f"The answer is {row['answer']}."
+        score, *longer = judge.score(
+            row["instruction"], [plain, *(f"{plain} {c}" for c in CLOSINGS)]
+        )
+        liking[row["category"]] += [more - score for more in longer]
     print_row("judge: right above wrong", {c: mean(values) for c, values in above.items()})
     print(f"  all pairs: {mean(itertools.chain(*above.values())):.3f}")
-    print(f"  correlation of score and length within an instruction: {mean(agreement):.3f}")
-
-
-def correlation(a, b):
-    both = torch.tensor([a, b], dtype=torch.float64)
-    return torch.corrcoef(both)[0, 1].nan_to_num().item()
+    print_row("judge: for a closing more", {c: mean(values) for c, values in liking.items()})
+    print(f"  all: {mean(itertools.chain(*liking.values())):.3f}")
 
 
 # All of it
