@@ -143,11 +143,13 @@ def findings(seeds):
     )
     controlled = [change(r.lengths("response_tokens")) for r in tpo]
     grown = [r.lengths("response_tokens") for r in free]
+    by_iteration = [f"{statistics.mean(column):.1f}" for column in zip(*grown, strict=True)]
     finding(
         4,
         "With rho 0 responses grow every iteration; with the default they stay within 5%.",
-        f"default rho {spread(controlled)}%, rho 0 {spread(map(change, grown))}%; exact match of "
-        f"the default less that of rho 0: {spread(gains_over(tpo, free))} points",
+        f"default rho {spread(controlled)}%, rho 0 {spread(map(change, grown))}%: on average "
+        f"{', '.join(by_iteration)} tokens; exact match of the default less that of rho 0: "
+        f"{spread(gains_over(tpo, free))} points",
         [
             abs(c) <= 5 and all(a < b for a, b in pairwise(g))
             for c, g in zip(controlled, grown, strict=True)
