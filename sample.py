@@ -210,7 +210,7 @@ class Decoder:
     def fits(self, prompts, num_samples):
         """Whether prompts are prefilled together: PREFILL_TOKENS, what they share counted once.
 
-        Nor are there more completions of them than slots, so that drawing takes no more than then.
+        They have no more completions than there are slots: drawing is planned for as many rows.
         """
         repeated = (len(prompts) - 1) * shared_length(prompts)
         few = len(prompts) * num_samples <= self.slots

@@ -732,7 +732,7 @@ def report_judge(judge, policy, tokenizer, rows):
     for a closing more, by category."""
     found = ask(policy, tokenizer, rows, "none", num_samples=8)
     found += ask(policy, tokenizer, rows, "specific", num_samples=8)
-    above, liking = ({c: [] for c in MAKERS} for _ in range(2))
+    above, gains = ({c: [] for c in MAKERS} for _ in range(2))
     for row in rows:
         own = [(text, ok) for of, _, text, ok in found if of is row and text is not None]
         texts, right = zip(*own, strict=True)
@@ -743,11 +743,11 @@ def report_judge(judge, policy, tokenizer, rows):
         score, *longer = judge.score(
             row["instruction"], [plain, *(f"{plain} {c}" for c in CLOSINGS)]
         )
-        liking[row["category"]] += [more - score for more in longer]
+        gains[row["category"]] += [more - score for more in longer]
     print_row("judge: right above wrong", {c: mean(values) for c, values in above.items()})
     print(f"  all pairs: {mean(itertools.chain(*above.values())):.3f}")
-    print_row("judge: for a closing more", {c: mean(values) for c, values in liking.items()})
-    print(f"  all: {mean(itertools.chain(*liking.values())):.3f}")
+    print_row("judge: for a closing more", {c: mean(values) for c, values in gains.items()})
+    print(f"  all: {mean(itertools.chain(*gains.values())):.3f}")
 
 
 # All of it
