@@ -23,8 +23,10 @@ import shutil
 import signal
 import sys
 import time
+from bisect import bisect_right
 from dataclasses import dataclass, field, fields
 from datetime import datetime
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -487,15 +489,26 @@ class RMSNorm(nn.Module):
         return self.weight * wide.to(x.dtype)
 
 
-def causal_attention(layer, q, k, v):
-    """The plain `attend`: each of B rows is one sequence. (B, H, T, head_dim) in and out."""
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+ALL = slice(None)  # `kept`: the places in a row that are wanted, a list of them or all
+
+
+def causal_attention(layer, q, k, v, kept=ALL):
+    """The plain `attend`: each of B rows is one sequence.
+
+    q (B, H, kept, head_dim), k and v (B, KV, T, head_dim) -> (B, H, kept, head_dim).
+    """
+    if kept == ALL:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    places = torch.tensor(kept, device=k.device)
+    mask = torch.arange(k.shape[2], device=k.device) <= places[:, None]  # (kept, T)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
 
 
 class Attention(nn.Module):
-    """Grouped-query attention. Who sees whom is the caller's: `attend(layer, q, k, v)`.
+    """Grouped-query attention. Who sees whom is the caller's: `attend(layer, q, k, v, kept)`.
 
     One transformer so serves training (causal_attention, PackedAttention) and sampling (KVCache).
+    Queries are those of the places `kept`, keys and values those of all.
     """
 
     def __init__(self, config, layer):
@@ -507,13 +520,14 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.output_bias)
 
-    def forward(self, x, cos, sin, attend, kept=slice(None)):
-        B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, head_dim)
-        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, KV, T, head_dim)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, KV, T, head_dim)
-        out = attend(self.layer, rotate(q, cos, sin), rotate(k, cos, sin), v)  # (B, H, T, head_dim)
-        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1)[:, kept])  # (B, kept, hidden)
+    def forward(self, x, cos, sin, attend, kept=ALL):
+        heads = (-1, self.head_dim)
+        q = self.q_proj(x[:, kept]).unflatten(2, heads).transpose(1, 2)  # (B, H, kept, head_dim)
+        k = self.k_proj(x).unflatten(2, heads).transpose(1, 2)  # (B, KV, T, head_dim)
+        v = self.v_proj(x).unflatten(2, heads).transpose(1, 2)  # (B, KV, T, head_dim)
+        q, k = rotate(q, cos[:, :, kept], sin[:, :, kept]), rotate(k, cos, sin)
+        out = attend(self.layer, q, k, v, kept)  # (B, H, kept, head_dim)
+        return self.o_proj(out.transpose(1, 2).flatten(2))  # (B, kept, hidden)
 
 
 class MLP(nn.Module):
@@ -538,7 +552,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, attend, kept=slice(None)):
+    def forward(self, x, cos, sin, attend, kept=ALL):
         x = x[:, kept] + self.self_attn(self.input_layernorm(x), cos, sin, attend, kept)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -554,16 +568,14 @@ class Trunk(nn.Module):
         self.norm = RMSNorm(config)
         self.register_buffer("frequencies", rope_frequencies(config), persistent=False)
 
-    def forward(
-        self, tokens, positions=None, attend=causal_attention, recompute=0, kept=slice(None)
-    ):
+    def forward(self, tokens, positions=None, attend=causal_attention, recompute=0, kept=ALL):
         """(B, T) int64 -> (B, T, hidden).
 
         positions: (B, T) int64, default 0..T-1. attend: who sees whom, see Attention.
         recompute: gradient checkpointing, the number of blocks (from the first) that keep only
         their input and compute the rest again in the backward pass.
-        kept: the places in a row that are wanted, a list (default: all). Behind the last attention
-        nothing else is computed, and the result is (B, len(kept), hidden).
+        kept: the places in a row that are wanted, a list (default: all). Of the others the last
+        block computes keys and values alone, and the result is (B, len(kept), hidden).
         """
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
@@ -571,7 +583,7 @@ class Trunk(nn.Module):
         cos, sin = angles.cos(), angles.sin()
         x = self.embed_tokens(tokens)
         for i, block in enumerate(self.layers):
-            places = kept if block is self.layers[-1] else slice(None)
+            places = kept if block is self.layers[-1] else ALL
             if i < recompute:
                 x = checkpoint(block, x, cos, sin, attend, places, use_reentrant=False)
             else:
@@ -613,9 +625,13 @@ class PackedAttention:
     def __init__(self, pieces):
         self.lengths = [length for length, _ in pieces]
         self.prefixes = [prefix for _, prefix in pieces]
+        self.starts = [0, *accumulate(self.lengths)]
 
-    def __call__(self, layer, q, k, v):
-        """(1, H, N, head_dim), (1, KV, N, head_dim) twice -> (1, H, N, head_dim)."""
+    def __call__(self, layer, q, k, v, kept=ALL):
+        """(1, H, kept, head_dim), (1, KV, N, head_dim) twice -> (1, H, kept, head_dim)."""
+        if kept != ALL:
+            queries = zip(q.split(1, dim=2), kept, strict=True)
+            return torch.cat([self.attend_one(one, k, v, place) for one, place in queries], dim=2)
         # Split, not sliced: the gradient of a slice is as long as the row, once for every piece.
         q, k, v = (x.split(self.lengths, dim=2) for x in (q, k, v))
         return torch.cat([self.attend(i, q, k, v) for i in range(len(q))], dim=2)
@@ -633,6 +649,16 @@ class PackedAttention:
             return causal_attention(None, queries, keys, values)[:, :, P:]
         mask = causal_lower_right(T, P + T)  # row t sees P + t + 1 keys
         return F.scaled_dot_product_attention(q[i], keys, values, attn_mask=mask, enable_gqa=True)
+
+    def attend_one(self, q, k, v, place):
+        """The attention of one place of the row. q (1, H, 1, head_dim), k and v the row's."""
+        i = bisect_right(self.starts, place) - 1
+        seen = [slice(self.starts[i], place + 1)]
+        if self.prefixes[i] is not None:
+            piece, P = self.prefixes[i]
+            seen.insert(0, slice(self.starts[piece], self.starts[piece] + P))
+        k, v = (torch.cat([x[:, :, places] for places in seen], dim=2) for x in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
 
 
 def pack(trees, device="cpu"):
@@ -727,7 +753,7 @@ class KVCache:
         rows = torch.arange(B, device=positions.device)
         seen = torch.arange(length, device=positions.device) <= positions[:, None]  # (B, length)
 
-        def attend(layer, q, k, v):
+        def attend(layer, q, k, v, kept):
             self.k[layer, rows, :, positions] = k[:, :, 0]
             self.v[layer, rows, :, positions] = v[:, :, 0]
             # The query heads of a group stand where a sequence would: no key is repeated.

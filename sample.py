@@ -196,9 +196,9 @@ class Decoder:
         tree = (prompts[0][:shared], [p[shared:] for p in prompts])
         tokens, positions, attend, [(_, starts)] = pack([tree], self.device)
 
-        def keep(layer, q, k, v):
+        def keep(layer, q, k, v, kept):
             held.append(torch.cat([k, v]))  # (2, KV, N, head_dim)
-            return attend(layer, q, k, v)
+            return attend(layer, q, k, v, kept)
 
         spans = [(s, s + len(p) - shared) for s, p in zip(starts, prompts, strict=True)]
         ends = [end - 1 for _, end in spans]

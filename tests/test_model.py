@@ -138,14 +138,14 @@ def test_cache_steps_equal_the_full_forward(tiny):
     with torch.no_grad():
         full = [ours(row[None])[0] for row in rows]
         for slot, (row, n) in enumerate(zip(rows, start, strict=True)):
-            kept = []
+            held = []
 
-            def keep(layer, q, k, v, kept=kept):
-                kept.append((k[0], v[0]))
-                return model.causal_attention(layer, q, k, v)
+            def keep(layer, q, k, v, places, held=held):
+                held.append((k[0], v[0]))
+                return model.causal_attention(layer, q, k, v, places)
 
             ours.model(row[None, :n], attend=keep)
-            cache.write(slot, *(torch.stack(part) for part in zip(*kept, strict=True)))
+            cache.write(slot, *(torch.stack(part) for part in zip(*held, strict=True)))
         slots, at = [0, 1, 2], list(start)
         for _ in range(9):
             if at[slots[0]] == len(rows[slots[0]]):  # the first row is at its end: its slot goes
@@ -205,12 +205,13 @@ def test_kept_places_equal_the_full_computation(recompute, tiny):
             assert (full - part).abs().max() <= 1e-5 * full.abs().max() and full.abs().max() > 0
 
 
-def test_the_last_mlp_runs_at_kept_places_alone(tiny):
+def test_the_last_block_asks_and_answers_at_kept_places_alone(tiny):
     ours, rows = model.load_model(tiny), []
     for block in ours.model.layers:
-        block.mlp.register_forward_hook(lambda *call: rows.append(call[2].shape[1]))
+        for part in (block.self_attn.q_proj, block.self_attn.k_proj, block.mlp):
+            part.register_forward_hook(lambda *call: rows.append(call[2].shape[1]))
     ours.model(torch.arange(40)[None], kept=[3, 39])
-    assert rows == [40, 2]
+    assert rows == [40, 40, 40, 2, 40, 2]
 
 
 def test_recompute_keeps_fewer_activations(tiny):
