@@ -103,32 +103,42 @@ def split_output(text, style):
 # The sampling law
 
 CANDIDATES = 64  # top-p looks at this many logits first; measured: tests/benchmark.py sampling
+SHORT, BROKEN = -1, -2  # in place of an id: these did not reach top_p, the logits are not finite
 
 
 def draw(logits, uniforms, temperature, top_p):
     """One token a row from softmax(logits / temperature) cut at top-p, by inverting its CDF.
 
-    logits (N, V); uniforms (N,) float64 in [0, 1). Returns ids (N,) int64. The nucleus is the
+    logits (N, V); uniforms (N,) float64 in [0, 1). Returns a list of N ids. The nucleus is the
     fewest most likely tokens whose probabilities reach top_p. Temperature 0 is greedy.
     """
-    finite = logits.amax(-1).isfinite().all()
-    expect(finite, "the model's logits", "NaN or infinity", "finite ones: try another --dtype")
+    finite = logits.amax(-1).isfinite()
     if temperature == 0:
-        return logits.argmax(-1)
-    logits = logits.float() / temperature
-    logprobs = logits - logits.logsumexp(-1, keepdim=True)  # (N, V)
-    if top_p == 1:
-        return invert_cdf(logprobs, uniforms, math.inf)[0]
-    # Most nuclei are small, and a partial sort finds them; the other rows are sorted whole.
-    top, candidates = logprobs.topk(min(CANDIDATES, logits.shape[-1]))  # (N, C), descending
-    choice, mass = invert_cdf(top, uniforms, top_p)
-    ids = candidates.gather(-1, choice[:, None])[:, 0]
-    short = mass < top_p
-    if top.shape[-1] < logits.shape[-1] and short.any():
+        ids = logits.argmax(-1)
+    else:
+        logits = logits.float() / temperature
+        logprobs = logits - logits.logsumexp(-1, keepdim=True)  # (N, V)
+        ids = draw_from_top(logprobs, uniforms, top_p)
+    # The one wait for the device in a step: what cannot be drawn comes with what was.
+    ids = torch.where(finite, ids, BROKEN).tolist()
+    expect(BROKEN not in ids, "the model's logits", "NaN or infinity", "finite: another --dtype")
+    short = [row for row, token in enumerate(ids) if token == SHORT]
+    if short:
         rest, order = logprobs[short].sort(descending=True)  # (short rows, V)
         choice, _ = invert_cdf(rest, uniforms[short], top_p)
-        ids[short] = order.gather(-1, choice[:, None])[:, 0]
+        for row, token in zip(short, order.gather(-1, choice[:, None])[:, 0].tolist(), strict=True):
+            ids[row] = token
     return ids
+
+
+def draw_from_top(logprobs, uniforms, top_p):
+    """Ids (N,) int64, found without sorting all V; SHORT where the nucleus is too wide for that."""
+    if top_p == 1:
+        return invert_cdf(logprobs, uniforms, math.inf)[0]
+    top, candidates = logprobs.topk(min(CANDIDATES, logprobs.shape[-1]))  # (N, C), descending
+    choice, mass = invert_cdf(top, uniforms, top_p)
+    ids = candidates.gather(-1, choice[:, None])[:, 0]
+    return torch.where(mass < top_p, SHORT, ids) if top.shape != logprobs.shape else ids
 
 
 def invert_cdf(logprobs, uniforms, top_p):
@@ -308,7 +318,7 @@ def generate(
     def choose(logits, rows):
         uniforms = [row.uniforms[len(row.completion.ids)] for row in rows]
         uniforms = torch.tensor(uniforms, dtype=torch.float64, device=logits.device)
-        return draw(logits, uniforms, temperature, top_p).tolist()
+        return draw(logits, uniforms, temperature, top_p)
 
     def append(row, token):
         """Gives a row its next token; True when that ends it."""

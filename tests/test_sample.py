@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import FIXTURES, LLAMA, write_checkpoint, write_tokenizer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import model
 import sample
@@ -198,7 +199,7 @@ def test_draw_where_the_nucleus_is_wider_than_the_candidates():
     uniforms = torch.from_numpy(rng.random(8000))
     ids = sample.draw(logits.expand(8000, -1), uniforms, 1.0, 0.6)
     law = nucleus(logits[0].double().numpy(), 1.0, 0.6)
-    counts = np.bincount(ids.numpy(), minlength=1000)
+    counts = np.bincount(ids, minlength=1000)
     assert (law > 0).sum() > 3 * sample.CANDIDATES
     assert counts[law == 0].sum() == 0 and chi_square_is_likely(counts, law)
 
@@ -210,14 +211,14 @@ def test_draw_mixes_narrow_and_wide_rows():
     uniforms = torch.from_numpy(rng.random(50))
     together = sample.draw(logits, uniforms, 0.8, 0.95)
     alone = [sample.draw(logits[i : i + 1], uniforms[i : i + 1], 0.8, 0.95) for i in range(50)]
-    assert together.tolist() == [int(token) for token in alone]
+    assert [[token] for token in together] == alone
 
 
 @pytest.mark.parametrize("top_p", [1e-6, 0.5, 0.95, 1.0])
 def test_draw_at_the_ends_of_the_stream(top_p):
     logits = torch.tensor([[0.0, 3.0, -1.0, 1.0, -np.inf]] * 2)
     uniforms = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
-    first, last = sample.draw(logits, uniforms, 1.0, top_p).tolist()
+    first, last = sample.draw(logits, uniforms, 1.0, top_p)
     law = nucleus(logits[0].double().numpy(), 1.0, top_p)
     assert law[first] > 0 and law[last] > 0
     if (law > 0).sum() > 1:
@@ -232,6 +233,31 @@ def test_logits_that_are_not_finite_are_refused(bad, top_p, temperature):
     logits[1, 7] = bad
     with pytest.raises(model.InputError, match="finite"):
         sample.draw(logits, torch.full((3,), 0.5, dtype=torch.float64), temperature, top_p)
+
+
+class ReadValues(TorchDispatchMode):
+    """Collects the calls that must wait for a device, since Python asks for a tensor's values."""
+
+    WAITING = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in self.WAITING:
+            self.calls.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("temperature, top_p", [(0, 1.0), (0.8, 1.0), (0.8, 0.95)])
+def test_a_draw_waits_for_nothing_but_its_tokens(temperature, top_p):
+    logits = torch.randn(6, 500, generator=torch.Generator().manual_seed(0)) * 9
+    with ReadValues() as read:
+        ids = sample.draw(logits, torch.full((6,), 0.5, dtype=torch.float64), temperature, top_p)
+        assert len(ids) == 6 and not read.calls
+        logits.amax().isfinite().item()  # the mode sees a wait
+    assert read.calls
 
 
 # Independence
