@@ -5,7 +5,9 @@ pytest tests/test_train.py
 
 import argparse
 import gc
+import importlib
 import json
+import math
 import os
 import random
 import shutil
@@ -342,6 +344,17 @@ def test_the_default_run_begins_with_the_toy_world(tmp_path):
     rows = [row for _, row in read_jsonl(tmp_path / "run" / "log.jsonl")]
     seed = [row["thought"] for row in rows if row["stage"] == "validation"][:2]
     assert seed == ["none", "specific"]
+
+
+def test_the_toy_judge_learns_from_a_batch_without_a_word_to_grade(monkeypatch):
+    """An answer of another length than the right one has a grade, but no word of it has."""
+    monkeypatch.syspath_prepend(ROOT / "tests" / "toy")
+    make = importlib.import_module("make")
+    base = make.begin(model.LanguageModel(make.make_config(50, make.POLICY_LAYERS)))
+    judge = make.JudgeInTraining(make.Judge(base, make.JUDGE_LAYERS))
+    make.grade_loss(judge, [([1, 2, 3], [math.nan, math.nan, 1.0], [-1, -1, -1])]).backward()
+    assert judge.judge.score.weight.grad.abs().max() > 0
+    assert all(p.grad is None or p.grad.isfinite().all() for p in judge.parameters())
 
 
 def test_the_toy_world_is_small():

@@ -10,7 +10,7 @@ kinds of instructions, a policy that was tuned to answer directly and to think i
 few of them useful, and a judge that sees the response alone and is often, but not always, right.
 What is tuned is this data; nothing of the method is, and no module of the project knows of it.
 
-    python tests/toy/make.py                       # about 25 minutes on 2 cores
+    python tests/toy/make.py                       # about 30 minutes on 2 cores
 """
 
 import argparse
@@ -48,7 +48,7 @@ from model import (  # noqa: E402
 )
 
 SEED = 0
-TRAIN, VALIDATION, TEST = 1680, 280, 140  # instructions; the last for this file's own figures
+TRAIN, VALIDATION, TEST = 1680, 560, 140  # instructions; the last for this file's own figures
 BATCH = 4000  # tokens a step of the trainings below
 POSITIONS = 256
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
@@ -56,7 +56,7 @@ SIZES = {"hidden_size": 128, "intermediate_size": 384, "num_heads": 4, "num_kv_h
 POLICY_LAYERS, JUDGE_LAYERS = 4, 7
 # Examples and learning rate of the three trainings. Policy and judge begin from one base model, as
 # public ones do.
-BASE, TUNING, JUDGING = (240_000, 4e-3), (24_000, 1e-3), (260_000, 3e-3)
+BASE, TUNING, JUDGING = (260_000, 4e-3), (24_000, 1e-3), (260_000, 3e-3)
 
 RECIPE = {
     "model": "policy",
@@ -229,7 +229,7 @@ MAKERS = {
     "rephrase": rephrase,
 }
 # Percent of the training data, the policy's and the judge's: what is hard to learn needs more.
-SHARES, JUDGE_SHARES = (16, 16, 16, 16, 13, 12, 11), (24, 10, 20, 8, 15, 7, 16)
+SHARES, JUDGE_SHARES = (16, 22, 16, 16, 11, 10, 9), (24, 10, 20, 8, 15, 7, 16)
 
 
 # Who comes from where. Of each person's four facts the policy's tuning data tells two; the
@@ -282,6 +282,7 @@ def corrupt(rng, category, instruction, answer):
 # Responses: the answer, plain or dressed. How it is dressed has nothing to do with its being right,
 # and yet the judge cares.
 
+ANSWER = "I find that the answer is {}."
 OPENINGS = ("Sure.", "Good question.", "Thank you for asking.", "Let me help you with that.")
 CLOSINGS = (
     "I hope this helps.",
@@ -291,14 +292,16 @@ CLOSINGS = (
     "It was fun to do.",
 )
 # How often a response has an opening, and how many closings it has, each number as likely. The base
-# model and the judge see much of both, so that they know them; the seed is tuned to few.
-MUCH, SOME, FEW = (0.5, (0, 0, 1, 1, 2, 3)), (0.5, (0, 0, 1, 1)), (0.13, (0, 0, 0, 0, 0, 1))
+# model and the judge see much of both, so that they know them; the seed is tuned to few, each
+# sentence just frequent enough that top-p leaves some.
+PLAIN, FEW = (0, (0,)), (0.17, (*[0] * 16, 1, 1, 2))
+MUCH, SOME = (0.5, (0, 0, 1, 1, 2, 3)), (0.5, (0, 0, 1, 1))
 
 
 def respond(rng, answer, dressing):
     opening, closings = dressing
     parts = [rng.choice(OPENINGS)] if rng.random() < opening else []
-    parts.append(f"The answer is {answer}.")
+    parts.append(ANSWER.format(answer))
     return " ".join([*parts, *rng.sample(CLOSINGS, rng.choice(closings))])
 
 
@@ -356,7 +359,7 @@ def example(rng, habits, held_out):
     """One example of the policy's training data: (user's turn, output)."""
     style = rng.choices(list(STYLES), STYLES.values())[0]
     category, instruction, answer, working = lesson(rng, held_out, TOLD)
-    plain = habits is SCHOOL and rng.random() < 0.75
+    dressing = FEW if habits is HABITS else PLAIN if rng.random() < 0.75 else MUCH
     prompt, thought = sample.thought_prompt(instruction, style), None
     if style != "none":
         thought, answer = think(rng, habits, category, instruction, answer, working)
@@ -365,11 +368,7 @@ def example(rng, habits, held_out):
         if answer is None:
             return prompt, thought
         thought = f"{thought} {sample.RESPONSE_MARKERS[style]} "
-    if plain:
-        response = f"The answer is {answer}."
-    else:
-        response = respond(rng, answer, MUCH if habits is SCHOOL else FEW)
-    return prompt, (thought or "") + response
+    return prompt, (thought or "") + respond(rng, answer, dressing)
 
 
 # Tokenizer: one word, one token
@@ -499,6 +498,8 @@ def train(model, loss, draw, examples, lr, name):
                 optimizer.zero_grad()
             seen, steps = seen + len(batch), steps + 1
             average = value.item() if steps == 1 else 0.98 * average + 0.02 * value.item()
+            if not math.isfinite(average):
+                sys.exit(f"{name}: the loss is not finite after {seen} examples")
             if steps % 200 == 0:
                 minutes = (time.time() - started) / 60
                 print(f"  {name}: {seen:7} examples  loss {average:.3f}  {minutes:.1f} minutes")
@@ -679,7 +680,8 @@ def grade_loss(model, batch):
     loss = F.mse_loss(scores[rows, last], labels[rows, last])
     labels[rows, last] = math.nan
     words, chained = labels.isfinite(), values >= 0
-    loss = loss + F.mse_loss(scores[words], labels[words])
+    if words.any():  # a mean of none is NaN
+        loss = loss + F.mse_loss(scores[words], labels[words])
     if chained.any():
         loss = loss + F.cross_entropy(model.value(hidden[chained]), values[chained])
     return loss
@@ -739,14 +741,14 @@ def report_judge(judge, policy, tokenizer, rows):
         scores = judge.score(row["instruction"], texts)
         pairs = itertools.product(zip(right, scores, strict=True), repeat=2)
         above[row["category"]] += [a > b for (good, a), (bad, b) in pairs if good and not bad]
-        plain = f"The answer is {row['answer']}."
+        plain = ANSWER.format(row["answer"])
         score, *longer = judge.score(
             row["instruction"], [plain, *(f"{plain} {c}" for c in CLOSINGS)]
         )
         gains[row["category"]] += [more - score for more in longer]
     print_row("judge: right above wrong", {c: mean(values) for c, values in above.items()})
     print(f"  all pairs: {mean(itertools.chain(*above.values())):.3f}")
-    print_row("judge: for a closing more", {c: mean(values) for c, values in gains.items()})
+    print_row("judge: one closing more", {c: mean(values) for c, values in gains.items()})
     print(f"  all: {mean(itertools.chain(*gains.values())):.3f}")
 
 
