@@ -751,7 +751,10 @@ class KVCache:
         """
         B = len(positions)
         rows = torch.arange(B, device=positions.device)
-        seen = torch.arange(length, device=positions.device) <= positions[:, None]  # (B, length)
+        unseen = torch.arange(length, device=positions.device) > positions[:, None]  # (B, length)
+        # Added to the scores: attention would make it of booleans again in every layer.
+        mask = torch.zeros_like(unseen, dtype=self.k.dtype).masked_fill(unseen, -math.inf)
+        mask = mask[:, None, None]  # (B, 1, 1, length)
 
         def attend(layer, q, k, v, kept):
             self.k[layer, rows, :, positions] = k[:, :, 0]
@@ -759,7 +762,6 @@ class KVCache:
             # The query heads of a group stand where a sequence would: no key is repeated.
             grouped = q.view(B, k.shape[1], -1, q.shape[3])  # (B, KV, H / KV, head_dim)
             keys, values = self.k[layer, :B, :, :length], self.v[layer, :B, :, :length]
-            mask = seen[:, None, None]  # (B, 1, 1, length)
             out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask)
             return out.view(q.shape)  # (B, H, 1, head_dim)
 

@@ -21,6 +21,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -124,9 +125,8 @@ def draw(logits, uniforms, temperature, top_p):
     expect(BROKEN not in ids, "the model's logits", "NaN or infinity", "finite: another --dtype")
     short = [row for row, token in enumerate(ids) if token == SHORT]
     if short:
-        rest, order = logprobs[short].sort(descending=True)  # (short rows, V)
-        choice, _ = invert_cdf(rest, uniforms[short], top_p)
-        for row, token in zip(short, order.gather(-1, choice[:, None])[:, 0].tolist(), strict=True):
+        found = draw_from_all(logprobs[short], uniforms[short], top_p).tolist()
+        for row, token in zip(short, found, strict=True):
             ids[row] = token
     return ids
 
@@ -139,6 +139,18 @@ def draw_from_top(logprobs, uniforms, top_p):
     choice, mass = invert_cdf(top, uniforms, top_p)
     ids = candidates.gather(-1, choice[:, None])[:, 0]
     return torch.where(mass < top_p, SHORT, ids) if top.shape != logprobs.shape else ids
+
+
+def draw_from_all(logprobs, uniforms, top_p):
+    """Ids (N,) int64, found by sorting all V values; equal ones rank by their ids."""
+    if logprobs.device.type == "cpu":  # torch sorts places too there, at several times the cost
+        ranked = torch.from_numpy(np.sort(logprobs.numpy())).flip(-1)  # (N, V)
+    else:
+        ranked = logprobs.sort(descending=True).values  # (N, V)
+    choice, _ = invert_cdf(ranked, uniforms, top_p)
+    value = ranked.gather(-1, choice[:, None])  # (N, 1)
+    passed = choice[:, None] - (ranked > value).sum(-1, keepdim=True)  # equal ones before it
+    return ((logprobs == value).cumsum(-1) > passed).byte().argmax(-1)
 
 
 def invert_cdf(logprobs, uniforms, top_p):

@@ -204,6 +204,19 @@ def test_draw_where_the_nucleus_is_wider_than_the_candidates():
     assert counts[law == 0].sum() == 0 and chi_square_is_likely(counts, law)
 
 
+def test_equal_tokens_rank_by_their_ids():
+    """Ten values shared by 1,000 tokens: every id is that of a stable sort, taken by its rank."""
+    rng = np.random.default_rng(1)
+    logits = torch.from_numpy(rng.integers(0, 10, (300, 1000)).astype(np.float32) / 8)
+    uniforms = rng.random(300)
+    ids = sample.draw(logits, torch.from_numpy(uniforms), 1.0, 0.9)
+    for row, uniform, token in zip(logits.double().softmax(-1).numpy(), uniforms, ids, strict=True):
+        order = np.argsort(-row, kind="stable")
+        cdf = row[order].cumsum()
+        kept = 1 + (cdf[:-1] < 0.9).sum()
+        assert token == order[np.searchsorted(cdf[:kept], uniform * cdf[kept - 1], side="right")]
+
+
 def test_draw_mixes_narrow_and_wide_rows():
     """Rows whose nuclei differ in width draw in one call what each draws alone."""
     rng = np.random.default_rng(2)
