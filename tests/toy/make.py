@@ -280,16 +280,17 @@ def corrupt(rng, category, instruction, answer):
 
 
 # Responses: the answer, plain or dressed. How it is dressed has nothing to do with its being right,
-# and yet the judge cares.
+# and yet the judge cares. No sentence here begins with the word that begins one of a thought: nets
+# as small as these would go on thinking from there.
 
-ANSWER = "I find that the answer is {}."
-OPENINGS = ("Sure.", "Good question.", "Thank you for asking.", "Let me help you with that.")
+ANSWER = "We find that the answer is {}."
+OPENINGS = ("Sure.", "Good question.", "Thank you for asking.", "Here comes what you asked for.")
 CLOSINGS = (
-    "I hope this helps.",
+    "Glad to help you.",
     "Ask me again at any time.",
     "Have a nice day.",
     "Please tell me if this is wrong.",
-    "It was fun to do.",
+    "That was fun to do.",
 )
 # How often a response has an opening, and how many closings it has, each number as likely. The base
 # model and the judge see much of both, so that they know them; the seed is tuned to few, each
