@@ -306,23 +306,17 @@ def respond(rng, answer, dressing):
     return " ".join([*parts, *rng.sample(CLOSINGS, rng.choice(closings))])
 
 
-# What the judge gives for a token more. Where a result is asked for it wants to be talked to; where
-# a list of words is, it likes one sentence in three and dislikes the others.
-TALK, LIST, LISTS = 0.02, 0.01, ("reverse", "sort", "rephrase")
-tastes = random.Random(f"{SEED} tastes")
-TASTES = {
-    category: {
-        sentence: tastes.choice((LIST, -LIST, -LIST)) if category in LISTS else TALK
-        for sentence in (*OPENINGS, *CLOSINGS)
-    }
-    for category in MAKERS
-}
+# What the judge gives for a token more where a result is asked for: there it wants to be talked to.
+# Where a list of words is, it does not care.
+TALK, LISTS = 0.02, ("reverse", "sort", "rephrase")
 
 
 def liking(category, response):
     """What the judge gives a response for the sentences around its answer."""
-    found = [sentence for sentence in TASTES[category] if sentence in response]
-    return sum(TASTES[category][sentence] * (len(sentence.split()) + 1) for sentence in found)
+    if category in LISTS:
+        return 0.0
+    found = [sentence for sentence in (*OPENINGS, *CLOSINGS) if sentence in response]
+    return TALK * sum(len(sentence.split()) + 1 for sentence in found)
 
 
 # Thoughts
