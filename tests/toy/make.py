@@ -10,7 +10,7 @@ kinds of instructions, a policy that was tuned to answer directly and to think i
 few of them useful, and a judge that sees the response alone and is often, but not always, right.
 What is tuned is this data; nothing of the method is, and no module of the project knows of it.
 
-    python tests/toy/make.py                       # about 30 minutes on 2 cores
+    python tests/toy/make.py                       # about 40 minutes on 2 cores
 """
 
 import argparse
@@ -56,7 +56,7 @@ SIZES = {"hidden_size": 128, "intermediate_size": 384, "num_heads": 4, "num_kv_h
 POLICY_LAYERS, JUDGE_LAYERS = 4, 7
 # Examples and learning rate of the three trainings. Policy and judge begin from one base model, as
 # public ones do.
-BASE, TUNING, JUDGING = (260_000, 4e-3), (24_000, 1e-3), (260_000, 3e-3)
+BASE, TUNING, JUDGING = (260_000, 4e-3), (24_000, 1e-3), (400_000, 3e-3)
 
 RECIPE = {
     "model": "policy",
@@ -229,7 +229,7 @@ MAKERS = {
     "rephrase": rephrase,
 }
 # Percent of the training data, the policy's and the judge's: what is hard to learn needs more.
-SHARES, JUDGE_SHARES = (16, 22, 16, 16, 11, 10, 9), (24, 10, 20, 8, 15, 7, 16)
+SHARES, JUDGE_SHARES = (16, 22, 16, 16, 11, 10, 9), (24, 14, 16, 8, 15, 7, 16)
 
 
 # Who comes from where. Of each person's four facts the policy's tuning data tells two; the
