@@ -70,7 +70,7 @@ RECIPE = {
     "epochs": 3,
     "batch_size": 16,
     "micro_batch_tokens": 8192,
-    "lr": 5e-5,
+    "lr": 7e-5,
     "beta": 0.1,
     "nll_weight": 1.0,
     "rho": 0.25,
