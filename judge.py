@@ -124,7 +124,7 @@ ASSISTANT_HEADER = "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
 class Judge:
     """What both kinds share. A kind has encode(instruction, responses), what it reads, and run.
 
-    group: how many instructions are judged together, and then saved. key: what scores depend on.
+    key: what scores depend on.
     """
 
     def __init__(self, model, tokenizer, options, key):
@@ -134,6 +134,10 @@ class Judge:
         standard = 2048 if self.device.type == "cpu" else 16384
         self.batch_tokens = options.judge_batch_tokens or standard
         self.context = model.config.max_positions
+
+    def group(self, count):
+        """How many instructions of `count` responses each are judged together, and then saved."""
+        return 64
 
     def score(self, instruction, responses):
         """One float a response, higher is better. The responses are texts, without thoughts."""
@@ -173,8 +177,6 @@ def score_batch(judge, batch, first=0):
 
 class Pointwise(Judge):
     """s(x, y) of a reward model. names: ArmoRM's objectives; empty where there is one label."""
-
-    group = 64
 
     def __init__(self, model, tokenizer, options, key, names):
         super().__init__(model, tokenizer, options, key)
@@ -285,7 +287,9 @@ def read_verdict(text):
 class Pairwise(Judge):
     """A language model that compares two responses, every two in both orders."""
 
-    group = 8  # of K (K - 1) verdicts each
+    def group(self, count):
+        verdicts = max(1, count * (count - 1))
+        return max(1, 448 // verdicts)  # 8 instructions at the paper's K: enough to fill a GPU
 
     def encode(self, instruction, responses):
         """(K, the prompt of every ordered pair as ids): all that the judge reads."""
@@ -457,8 +461,9 @@ def win_rate(judge, instructions, ours, theirs):
     triples, scores = [], []
     for i, (instruction, *pair) in enumerate(zip(instructions, ours, theirs, strict=True), 1):
         triples.append((f"instruction {i}", instruction, pair))
-    for first in range(0, len(triples), judge.group):
-        results = score_batch(judge, triples[first : first + judge.group], first)
+    group = judge.group(2)
+    for first in range(0, len(triples), group):
+        results = score_batch(judge, triples[first : first + group], first)
         scores += [result["scores"] for result in results]
     return win_rate_of_scores([a for a, _ in scores], [b for _, b in scores])
 
@@ -603,17 +608,18 @@ def check_fields(where, row, kinds):
 
 def score_file(judge, samples_path, scores_path):
     """Writes the scores of a file of samples; a second start goes on after the last whole group."""
-    count = sum(1 for _ in read_samples(samples_path))
+    counts = [len(row["outputs"]) for _, row in read_samples(samples_path)]
+    group = judge.group(max(counts, default=1))
     key = {**judge.key, "samples": file_hash(samples_path)}
 
     def groups(done):
-        first = done * judge.group
+        first = done * group
         rows = islice(read_jsonl(samples_path), first, None)
-        with tqdm(total=count, initial=first, desc="judging", unit="instruction") as bar:
-            while group := list(islice(rows, judge.group)):
-                yield score_rows(judge, group, samples_path, first)
-                first += len(group)
-                bar.update(len(group))
+        with tqdm(total=len(counts), initial=first, desc="judging", unit="instruction") as bar:
+            while batch := list(islice(rows, group)):
+                yield score_rows(judge, batch, samples_path, first)
+                first += len(batch)
+                bar.update(len(batch))
 
     write_groups(scores_path, key, groups)
 

@@ -169,6 +169,28 @@ def tiny(tmp_path_factory):
     return write_checkpoint(folder)
 
 
+def longer_wins(tokenizer):
+    """In place of `generate`: verdicts of a pairwise judge that likes length.
+
+    Of two that are equally long it names both or neither. It keeps the prompts under `asked`.
+    """
+    from sample import Completion
+
+    def verdict(prompt):
+        a, b = (prompt.split(f"{x}'s Answer]\n")[1].split("\n[The End")[0] for x in "AB")
+        if len(a) == len(b):
+            return "[[A]] or [[B]]" if "both" in a else "no idea"
+        return f"because. [[{'A' if len(a) > len(b) else 'B'}]]"
+
+    def generate(model, prompts, num_samples, *options):
+        texts = [tokenizer.decode(prompt) for prompt in prompts]
+        generate.asked += texts
+        return [[Completion(tokenizer.encode(verdict(text)), True)] for text in texts]
+
+    generate.asked = []
+    return generate
+
+
 class TensorBytes(TorchDispatchMode):
     """Counts the bytes of all tensors alive, and the most there were."""
 

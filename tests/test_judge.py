@@ -11,11 +11,10 @@ import make_judge_fixtures as tiny_judges
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES, LLAMA, write_checkpoint, write_tokenizer
+from conftest import FIXTURES, LLAMA, longer_wins, write_checkpoint, write_tokenizer
 from safetensors.torch import load_file, save_file
 
 import judge as judging
-import sample
 from model import InputError, load_tokenizer
 
 CONFIGS = {"one label": tiny_judges.ONE_LABEL, "ArmoRM": tiny_judges.ARMORM}
@@ -276,41 +275,20 @@ def test_every_ordered_pair_is_asked(pairwise):
         assert "system<|end_header_id|>\n\nPlease act as an impartial judge" in text
 
 
-class Scripted(judging.Pairwise):
-    """A pairwise judge whose verdicts are given by a function of what it reads."""
-
-    def __init__(self, judge, verdict, monkeypatch):
-        super().__init__(judge.model, judge.tokenizer, judge.options, judge.key)
-
-        def generate(model, prompts, num_samples, *options):
-            texts = [verdict(self.tokenizer.decode(prompt)) for prompt in prompts]
-            return [[sample.Completion(self.tokenizer.encode(text), True)] for text in texts]
-
-        monkeypatch.setattr(judging, "generate", generate)
-
-
-def longer(text):
-    """The verdict of a judge that likes length, and calls it a tie by naming both or neither."""
-    a, b = (text.split(f"{x}'s Answer]\n")[1].split("\n[The End")[0] for x in "AB")
-    if len(a) == len(b):
-        return "[[A]] or [[B]]" if "both" in a else "no idea"
-    return f"because. [[{'A' if len(a) > len(b) else 'B'}]]"
-
-
 def test_verdicts_become_elo(pairwise, monkeypatch):
-    judge = Scripted(pairwise, longer, monkeypatch)
-    assert judge.score("Which?", ["aa", "aaa", "a"]) == pytest.approx(
+    monkeypatch.setattr(judging, "generate", longer_wins(pairwise.tokenizer))
+    assert pairwise.score("Which?", ["aa", "aaa", "a"]) == pytest.approx(
         bradley_terry([[0.5, 0.5, 2.5], [2.5, 0.5, 2.5], [0.5, 0.5, 0.5]]), abs=1e-3
     )
-    assert judge.score("Which?", ["both 1", "both 2", "both 3"]) == [0, 0, 0]
-    assert judge.score("Which?", ["alone"]) == [0]
-    assert judge.score("Which?", []) == []
+    assert pairwise.score("Which?", ["both 1", "both 2", "both 3"]) == [0, 0, 0]
+    assert pairwise.score("Which?", ["alone"]) == [0]
+    assert pairwise.score("Which?", []) == []
 
 
 def test_verdicts_are_kept_with_the_outputs_places(pairwise, monkeypatch, tmp_path):
-    judge = Scripted(pairwise, longer, monkeypatch)
+    monkeypatch.setattr(judging, "generate", longer_wins(pairwise.tokenizer))
     rows = [sample_row("Which?", [None, "aa", "aaaa"]), sample_row("Other?", [None, None])]
-    judging.score_file(judge, write_rows(tmp_path / "in", rows), tmp_path / "out")
+    judging.score_file(pairwise, write_rows(tmp_path / "in", rows), tmp_path / "out")
     first, second = read_rows(tmp_path / "out")
     assert first["verdicts"] == [
         {"a": 1, "b": 2, "verdict": "B", "text": "because. [[B]]"},
@@ -506,11 +484,13 @@ def test_a_foreign_file_has_its_lengths_counted(folders, capsys):
 class Lengths:
     """A judge that scores by length, and keeps what it was given."""
 
-    group = 3
     key = {"judge": "lengths"}  # noqa: RUF012
 
     def __init__(self):
         self.sizes = []
+
+    def group(self, count):
+        return 3
 
     def encode(self, instruction, responses):
         return list(responses)
