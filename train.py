@@ -351,33 +351,42 @@ def scores_path(path):
 
 def validate(run, judge, path, iteration, style):
     """The figures of one file of validation samples, as log.jsonl holds them."""
-    judging.score_file(judge, path, scores_path(path))
+    seed = run.iteration_folder(0) / "validation-none.jsonl"
+    pairwise = isinstance(judge, judging.Pairwise)
+    judging.score_file(judge, beside(path, seed) if pairwise else path, scores_path(path))
     ours = [row for _, row in read_jsonl(scores_path(path))]
-    seed = run.iteration_folder(0) / "validation-none-scores.jsonl"
-    theirs = [row for _, row in read_jsonl(seed)]
-    figures = measure(judge, ours, theirs)
-    categories = sorted({row["category"] for row in ours if "category" in row})
-    by_category = {}
-    for category in categories:
-        picked = [
-            pair for pair in zip(ours, theirs, strict=True) if pair[0].get("category") == category
-        ]
-        by_category[category] = measure(judge, *zip(*picked, strict=True))
-    return {"iteration": iteration, "thought": style, **figures, "by_category": by_category}
+    theirs = ours if pairwise else [row for _, row in read_jsonl(scores_path(seed))]
+    compared = [(a, b["outputs"][-1]["score"]) for a, b in zip(ours, theirs, strict=True)]
+    by_category = {
+        category: measure([pair for pair in compared if pair[0].get("category") == category])
+        for category in sorted({row["category"] for row in ours if "category" in row})
+    }
+    return {
+        "iteration": iteration,
+        "thought": style,
+        **measure(compared),
+        "by_category": by_category,
+    }
 
 
-def measure(judge, ours, theirs):
-    """Figures of validation rows against the seed's direct ones, first outputs only."""
-    outputs, baseline = ([row["outputs"][0] for row in rows] for rows in (ours, theirs))
-    if isinstance(judge, judging.Pairwise):
-        texts = ([output["response"] for output in side] for side in (outputs, baseline))
-        rate, low, high = judging.win_rate(judge, [row["instruction"] for row in ours], *texts)
-    else:
-        scores = ([output["score"] for output in side] for side in (outputs, baseline))
-        rate, low, high = judging.win_rate_of_scores(*scores)
+def beside(path, seed):
+    """A file with the seed's direct output after each of ours, for a judge that compares two."""
+    both = path.with_name(path.stem + "-and-seed.jsonl")
+    rows = []
+    for (_, row), (_, other) in zip(read_jsonl(path), read_jsonl(seed), strict=True):
+        rows.append({**row, "outputs": row["outputs"] + other["outputs"]})
+    write_jsonl(both, rows)
+    return both
+
+
+def measure(compared):
+    """Figures of (row, score of the seed's direct response) pairs; a row's first output counts."""
+    rows, theirs = zip(*compared, strict=True)
+    outputs = [row["outputs"][0] for row in rows]
+    rate, low, high = judging.win_rate_of_scores([output["score"] for output in outputs], theirs)
     right = [
         exact_match(output["response"], row["answer"])
-        for output, row in zip(outputs, ours, strict=True)
+        for output, row in zip(outputs, rows, strict=True)
         if "answer" in row
     ]
     cut = [output for output in outputs if output["response"] is not None]

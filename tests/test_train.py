@@ -20,7 +20,14 @@ from pathlib import Path
 import faults
 import huggingface_hub
 import pytest
-from conftest import LLAMA, LLAMA_TEMPLATE, byte_tokenizer, write_checkpoint
+from conftest import (
+    LLAMA,
+    LLAMA_TEMPLATE,
+    byte_tokenizer,
+    longer_wins,
+    write_checkpoint,
+    write_tokenizer,
+)
 from faults import contents
 
 import model
@@ -316,7 +323,7 @@ def test_exact_match_has_an_interval_over_the_instructions_with_answers():
     """81 of 263: R's prop.test(81, 263, correct = FALSE), as in test_judge.py."""
     asked = validation_rows(["7"] * 81 + ["8"] * 181 + [None], answer="7", category="sum")
     free = validation_rows(["7"] * 50, category="chat")
-    rows, chat = (train.measure(None, part, part) for part in (asked + free, free))
+    rows, chat = (train.measure([(row, 1.0) for row in part]) for part in (asked + free, free))
     assert rows["count"] == 313 and rows["exact_match"] == 81 / 263
     assert rows["exact_match_interval"] == pytest.approx([0.2553, 0.3662], abs=6e-5)
     assert chat["exact_match"] is chat["exact_match_interval"] is None
@@ -324,6 +331,31 @@ def test_exact_match_has_an_interval_over_the_instructions_with_answers():
     table = train.report({"run": [{**row, "by_category": {"chat": chat, "sum": rows}}]})
     assert "| run | iteration 1 | 30.8% (26 to 37) | 50.0% (44 to 56) |" in table
     assert "| run | iteration 1 | -    | 30.8% (26 to 37) |" in table
+
+
+def test_a_pairwise_judge_compares_each_response_with_the_seeds_once(world, tmp_path, monkeypatch):
+    judge, folder = write_tokenizer(tmp_path / "judge"), tmp_path / "run"
+    write_checkpoint(judge, LLAMA | {"max_position_embeddings": 4096})
+    verdicts = longer_wins(model.load_tokenizer(judge))
+    monkeypatch.setattr(train.judging, "generate", verdicts)
+    flags = ["--judge", judge, "--iterations", 1, "--verdict-tokens", 4]
+    monkeypatch.setattr(sys, "argv", command(world, folder, *flags)[1:])
+    train.main()
+    # Two orders of 6 held-out responses beside the seed's: the seed's own, and two epochs'. And
+    # all orders of two of the 4 responses to 10 instructions.
+    assert len(verdicts.asked) == 3 * 6 * 2 + 10 * 4 * 3
+    rows = [row for _, row in read_jsonl(folder / "log.jsonl") if row["stage"] == "validation"]
+    assert rows[0]["win_rate"] == 0.5 and rows[0]["score"] == 0
+    ours, theirs = (
+        [row["outputs"][0]["response"] for _, row in read_jsonl(folder / name)]
+        for name in ("iteration-1/validation.jsonl", "iteration-0/validation-none.jsonl")
+    )
+    points = [(len(a) > len(b)) + (len(a) == len(b)) / 2 for a, b in zip(ours, theirs, strict=True)]
+    assert rows[1]["win_rate"] == sum(points) / 6 and 0 < sum(points) < 6
+    by_category = [rows[1]["by_category"][category]["win_rate"] for category in "ab"]
+    assert by_category == [sum(points[0::2]) / 3, sum(points[1::2]) / 3]
+    win = 200 * math.log10(2.5 / 0.5)  # Elo of two wins and none, with half a win more each way
+    assert rows[1]["score"] == pytest.approx(win * (2 * sum(points) / 6 - 1), abs=1e-5)
 
 
 def test_thought_prompts_are_the_papers():
