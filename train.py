@@ -356,6 +356,7 @@ def validate(run, judge, path, iteration, style):
     judging.score_file(judge, beside(path, seed) if pairwise else path, scores_path(path))
     ours = [row for _, row in read_jsonl(scores_path(path))]
     theirs = ours if pairwise else [row for _, row in read_jsonl(scores_path(seed))]
+    # The seed's output is the last of its row: the only one, or the one beside ours.
     compared = [(a, b["outputs"][-1]["score"]) for a, b in zip(ours, theirs, strict=True)]
     by_category = {
         category: measure([pair for pair in compared if pair[0].get("category") == category])
