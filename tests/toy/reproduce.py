@@ -101,6 +101,17 @@ def gains_over(ours, theirs):
     return [100 * (a.last["exact_match"] - b.last["exact_match"]) for a, b in pairs]
 
 
+def same_words(ours, theirs):
+    """Share of equal responses among the outputs, over all seeds, that two arms both have right."""
+    same = []
+    for a, b in zip(ours, theirs, strict=True):
+        for pair in zip(a.outputs, b.outputs, strict=True):
+            if all(right(pair)):
+                one, other = (row["outputs"][0]["response"] for row in pair)
+                same.append(one == other)
+    return statistics.mean(same)
+
+
 def change(values):
     """Percent from the first to the last."""
     return 100 * (values[-1] / values[0] - 1)
@@ -131,7 +142,8 @@ def findings(seeds):
     finding(
         2,
         "Trained, thinking is 10 points above the direct baseline and wins over 55%.",
-        f"exact match {spread(gains)} points, win rate {spread(wins, '.1f', '%')}",
+        f"exact match {spread(gains)} points, win rate {spread(wins, '.1f', '%')}; of what both "
+        f"answer right, {same_words(tpo, direct):.0%} in the same words",
         [g >= 10 and w > 55 for g, w in zip(gains, wins, strict=True)],
     )
     shrunk = [-change(r.lengths("thought_tokens")) for r in tpo]
