@@ -12,7 +12,6 @@ import argparse
 import importlib.util
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -156,7 +155,7 @@ def child(side, folder):
 
     SIDES[side](Path(folder), lambda record: losses.append(float(record["loss"])), end_of_epoch)
     wall, cpu = (np.diff(column).tolist() for column in zip(*marks, strict=True))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = dpo.peak_memory(torch.device("cpu"))
     print(json.dumps({"wall": wall, "cpu": cpu, "peak": peak, "losses": losses}))
 
 

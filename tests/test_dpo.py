@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -267,6 +268,19 @@ def test_bf16_weights_move_where_naive_adamw_stands_still(tiny):
     assert moved(llm, before) > 0.05 * big
     rounded = [p.detach().bfloat16() for p in wide.parameters()]
     assert moved(llm, rounded) < 1e-3 * big  # the rounding of what float32 weights become
+
+
+def test_peak_memory_is_that_of_this_process_alone():
+    words = "import torch, dpo; held = b'x' * 2**28; print(dpo.peak_memory(torch.device('cpu')))"
+    ballast = b"x" * 2**30  # of the process that begins the other
+    done = subprocess.run(
+        [sys.executable, "-c", words],
+        capture_output=True,
+        text=True,
+        cwd=Path(dpo.__file__).parent,
+        check=True,
+    )
+    assert 2**28 < int(done.stdout) < len(ballast)
 
 
 def test_optimizer_in_host_memory_is_the_same_arithmetic(tiny):
