@@ -1,70 +1,247 @@
 """Judging (section 2.2): scores of responses, length control, and the pair of each instruction.
 
-A judge sees an instruction and a response, never the thought before it. A pointwise judge gives a
-response a number; a pairwise judge compares two and writes its verdict, and all verdicts on the
-responses to one instruction become one number each (Elo). Of the K outputs the one whose response
-scores highest becomes the chosen, the lowest the rejected, thought and response both inside.
+A judge sees an instruction and a response, never the thought before it. Of the K outputs the one
+whose response scores highest becomes the chosen, the lowest the rejected, thought and response
+both inside. A pointwise judge gives a response a number; a pairwise judge compares two and writes
+its verdict, and all verdicts on one instruction's responses become one number each (Elo).
 
 In: a judge's checkpoint and a file of samples. Out: a file of scores (the samples, with a `score`
 in every output, null where there is no response) and a file of pairs for dpo.py.
 
-    python judge.py --judge DIR --samples FILE --output FILE [--pairs FILE] [--rho 0.25]
+    python judge.py --judge DIR --samples FILE --output FILE [--pairs FILE] [--rho auto]
     python judge.py --judge DIR --samples SCORES --pairs FILE --rho 0.5   # other pairs, no judging
-    python judge.py --judge DIR --samples FILE --explain         # ArmoRM: what a score is made of
     python judge.py --judge DIR --samples FILE --against FILE    # the win rate of two files
 """
 
 import argparse
 import math
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from itertools import islice, pairwise, permutations
+from pathlib import Path
+
+import model as lm
+from sample import Decoder, generate, plan_slots
 
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
-from model import (
-    DTYPES,
-    InputError,
-    Trunk,
-    add_options,
-    check_device,
-    check_output,
-    check_range,
-    checkpoint_folder,
-    expect,
-    file_hash,
-    fill,
-    folder_hash,
-    load_model,
-    load_tokenizer,
-    load_weights,
-    option,
-    pack,
-    place,
-    read_config,
-    read_json,
-    read_jsonl,
-    read_options,
-    run_main,
-    shared_length,
-    write_groups,
-    write_jsonl,
-)
-from sample import generate
 
-# Reward models: a trunk and a head, with the parameter names of the published checkpoints
+def length_control(scores, lengths, rho):
+    """N(score) - rho N(length) of the K responses to one instruction (section 2.2).
+
+    N(v) = (v - mean) / std, std being the population's; zeros where all values are equal.
+
+    >>> length_control([1.0, 2.0], [10, 30], 0.5), length_control([1.0, 1.0], [5, 5], 0.5)
+    ([-0.5, 0.5], [0.0, 0.0])
+    """
+
+    def normalize(values):
+        values = np.asarray(values, dtype=np.float64)
+        values = values - values[0]  # so that equal values are zeros exactly
+        return (values - values.mean()) / (values.std() or math.inf)
+
+    return (normalize(scores) - rho * normalize(lengths)).tolist()
+
+
+def choose_pair(scores, lengths, finished, rho, reject_failed=True):
+    """(chosen, rejected), the indices of the highest and the lowest of K outputs.
+
+    scores: None where no response could be cut. Ranked are the outputs that have one and finished;
+    a tie goes to the first. The others failed, and the first of them is rejected: draft 2.2 says it
+    of what cannot be cut; of what ran into the token limit it is ours, to teach coming to an end.
+    Without reject_failed these are left out. Where there is no pair: a str, why.
+    """
+    ranked = [i for i, score in enumerate(scores) if score is not None and finished[i]]
+    failed = [i for i in range(len(scores)) if i not in ranked and reject_failed]
+    if all(score is None for score in scores):
+        return "no response could be cut"
+    if len(ranked) + bool(ranked and failed) < 2:
+        return "fewer than two finished"
+    controlled = length_control([scores[i] for i in ranked], [lengths[i] for i in ranked], rho)
+    controlled = np.round(controlled, 12)  # rounding must not make a pair where all are equal
+    best, worst = ranked[np.argmax(controlled)], ranked[np.argmin(controlled)]
+    if failed:
+        return best, failed[0]
+    return (best, worst) if max(controlled) > min(controlled) else "all scores equal"
+
+
+def ranking_of(row):
+    """(scores, lengths, finished) of a row of scores: all that its pair depends on.
+
+    Lengths are in tokens of the policy; in characters where another program's file has none.
+    """
+    outputs = row["outputs"]
+    lengths = [o.get("response_tokens", len(o["response"] or "")) for o in outputs]
+    return [o["score"] for o in outputs], lengths, [o["finished"] for o in outputs]
+
+
+def build_pairs(rows, rho, reject_failed=True):
+    """Yields a row for each row of scores that gives a pair (section 2.2).
+
+    Its scores are the judge's, before length control. Another program's file may have no `text`.
+    """
+    for row in rows:
+        pair = choose_pair(*ranking_of(row), rho, reject_failed)
+        if isinstance(pair, str):
+            continue
+        made = {k: v for k, v in row.items() if k not in ("outputs", "verdicts", "prompt_text")}
+        made["prompt"] = row.get("prompt_text", row["instruction"])
+        for name, i in zip(("chosen", "rejected"), pair, strict=True):
+            output = row["outputs"][i]
+            parts = filter(None, (output["thought"], output["response"]))
+            made[name] = output.get("text", "\n\n".join(parts))
+            made |= {f"{name}_ids": output["ids"], f"{name}_score": output["score"]}
+        yield made
+
+
+RHOS = [i / 20 for i in range(11)]  # 2.2: rho in [0, 0.5]; the steps are ours
+
+
+def pair_statistics(rankings, rho, reject_failed=True):
+    """What a rho makes of the rankings of a file, as a dict.
+
+    Means are over the pairs whose rejected output did not fail; failed: the share of the others;
+    no_pair: the reasons why there was none, and how often.
+    """
+    found = [choose_pair(*ranking, rho, reject_failed) for ranking in rankings]
+    no_pair, compared = Counter(pair for pair in found if isinstance(pair, str)), []
+    for (scores, lengths, finished), pair in zip(rankings, found, strict=True):
+        if not isinstance(pair, str) and scores[pair[1]] is not None and finished[pair[1]]:
+            compared.append([of[i] for of in (lengths, scores) for i in pair])
+    pairs = len(found) - no_pair.total()
+    names = ("chosen_tokens", "rejected_tokens", "chosen_score", "rejected_score")
+    means = np.mean(compared, axis=0).tolist() if compared else [0.0] * 4
+    means = dict(zip(names, means, strict=True))
+    failed = (pairs - len(compared)) / max(pairs, 1)
+    return {"rho": rho, "pairs": pairs, **means, "failed": failed, "no_pair": dict(no_pair)}
+
+
+def write_pairs(scores_path, pairs_path, rho, reject_failed=True):
+    """Writes the pairs of a file of scores; returns the pair statistics of the rho taken.
+
+    rho: a number (or its text), or "auto", the authors' rule (draft 3.5): as large as it takes for
+    the chosen responses to be on average no longer than the rejected ones; where none in RHOS does
+    that, the largest. Under `rhos` come the pair statistics of every rho looked at.
+    """
+    rankings = [ranking_of(row) for _, row in read_samples(scores_path, scored=True)]
+    rhos = RHOS if rho == "auto" else [read_rho(rho)]
+    table = [pair_statistics(rankings, each, reject_failed) for each in rhos]
+    shorter = [made for made in table if made["chosen_tokens"] <= made["rejected_tokens"]]
+    taken = shorter[0] if shorter else table[-1]
+    rows = (row for _, row in read_samples(scores_path, scored=True))
+    lm.write_jsonl(pairs_path, build_pairs(rows, taken["rho"], reject_failed))
+    if rho == "auto" and not shorter:
+        print("warning: with no rho are the chosen as short as the rejected", file=sys.stderr)
+    return {**taken, "rhos": table}
+
+
+def elo(wins):
+    """Elo of K responses, mean 0: the maximum-likelihood Bradley-Terry fit (section 2.2, draft B).
+
+    wins (K, K): B_mn, how often m was preferred to n. The scores e maximize the sum of
+    B_mn log sigmoid(e_m - e_n), in Elo's unit: 400 log10(a / b) where two beat each other a and b
+    times. There is no maximum where some never lost to the others; then, and only then, every two
+    get half a win more each way (ours: the usual correction of a count of zero). Rounded to 1e-6,
+    so that the fit breaks no tie.
+
+    >>> elo([[0, 10], [1, 0]]), elo([[0, 2], [0, 0]]) == elo([[0, 2.5], [0.5, 0]])
+    ([200.0, -200.0], True)
+    """
+    wins = np.asarray(wins, dtype=np.float64)
+    if len(wins) < 2:
+        return [0.0] * len(wins)
+    beaten = (wins > 0) | np.eye(len(wins), dtype=bool)
+    beaten = np.linalg.matrix_power(beaten, len(wins))  # m beat n, or one who beat n, ...
+    if not beaten.all():
+        wins = wins + 0.5 * (1 - np.eye(len(wins)))
+    games, strength, change = wins + wins.T, np.ones(len(wins)), 1.0
+    while change > 1e-12:  # minorize-maximize (Hunter 2004)
+        expected = (games / (strength[:, None] + strength)).sum(1)
+        new = wins.sum(1) / expected
+        new /= np.exp(np.log(new).mean())
+        change, strength = np.abs(new / strength - 1).max(), new
+    points = 400 * np.log10(strength)
+    return (points - points.mean()).round(6).tolist()
+
+
+class Judge:
+    """What both kinds of judge share."""
+
+    def __init__(self, model, tokenizer, options):
+        self.model, self.tokenizer, self.options = model, tokenizer, options
+
+    def group(self, count):
+        """How many instructions of `count` responses are judged between two saves."""
+        return 64
+
+    def score(self, instruction, responses):
+        """One float a response, higher is better. The responses are texts, without thoughts."""
+        return self.run([(instruction, responses)], 0)[0]["scores"]
+
+    def chat(self, *turns, reply=0):
+        """The ids, a tuple, of (role, text) turns: all that the judge reads before its reply."""
+        messages = [{"role": role, "content": text} for role, text in turns]
+        ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=reply > 0)
+        room = self.model.config.max_position_embeddings
+        most = f"{room} at most" + (", with --verdict-tokens" if reply else "")
+        lm.expect(len(ids) + reply <= room, "what the judge reads", f"{len(ids)} tokens", most)
+        return tuple(ids)
+
+
+class Pointwise(Judge):
+    """s(x, y): a reward model reads the chat of an instruction and a response."""
+
+    def run(self, items, name):
+        """Pairwise.run's scores; the name is not read, as nothing is drawn."""
+        return [{"scores": [row[0] for row in self.read(*item)]} for item in items]
+
+    @torch.inference_mode()
+    def read(self, instruction, responses):
+        """The head's row, a list of floats, for each response.
+
+        What all chats begin with is computed once, and equal responses are one: they tie exactly.
+        """
+        chats = [self.chat(("user", instruction), ("assistant", text)) for text in responses]
+        distinct, shared = list(dict.fromkeys(chats)), 0
+        if not chats:
+            return []
+        if len(distinct) > 1:
+            most = min(map(len, distinct)) - 1  # each keeps one token of its own
+            columns = zip(*(chat[:most] for chat in distinct), strict=True)
+            shared = next((i for i, ids in enumerate(columns) if len(set(ids)) > 1), most)
+        pieces = [(chat[shared:], 0 if shared else None) for chat in distinct]
+        pieces = [(distinct[0][:shared], None)] * bool(shared) + pieces
+        device = self.model.model.embed_tokens.weight.device
+        hidden = self.model.model(*lm.pack(pieces, device))[0].float()  # (N, hidden)
+        ends, gates, offset = [], [], 0  # offset: tokens of the chats before
+        for chat in distinct:
+            gate = self.gate_position(chat) if isinstance(self.model, ArmoRM) else 0
+            gates.append(gate if gate < shared else offset + gate)
+            ends.append(offset + len(chat) - 1)
+            offset += len(chat) - shared
+        rows = self.model.head(hidden[ends], hidden[gates]).tolist()
+        found = dict(zip(distinct, rows, strict=True))
+        return [found[chat] for chat in chats]
+
+    def gate_position(self, chat):
+        """Where ArmoRM's gate reads a chat: at the last assistant's header, even a quoted one."""
+        header = "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+        ids = tuple(self.tokenizer.encode(header, add_special_tokens=False))
+        places = [i for i in range(len(chat)) if chat[i : i + len(ids)] == ids]
+        lm.expect(places, "the judge's chat", f"no {header!r}", "one")
+        return places[-1]
 
 
 class RewardModel(nn.Module):
     """LlamaForSequenceClassification with one label: a linear head at the last token."""
 
-    def __init__(self, config):
+    def __init__(self, config, raw=None):  # raw: as ArmoRM's, not read
         super().__init__()
         self.config = config
-        self.model = Trunk(config)
+        self.model = lm.Trunk(config)
         self.score = nn.Linear(config.hidden_size, 1, bias=False)
 
     def head(self, h_end, h_gate):
@@ -73,19 +250,21 @@ class RewardModel(nn.Module):
 
 
 class ArmoRM(nn.Module):
-    """LlamaForRewardModelWithGating: a reward for each objective, weighted by a gate.
+    """LlamaForRewardModelWithGating: a reward for each objective, weighted by a gate."""
 
-    settings: num_objectives, gating_temperature, gating_hidden_dim, gating_n_hidden.
-    """
-
-    def __init__(self, config, settings):
+    def __init__(self, config, raw):  # raw: config.json whole
         super().__init__()
         self.config = config
-        self.model = Trunk(config)
-        objectives = settings["num_objectives"]
+        self.model = lm.Trunk(config)
+        objectives = raw["num_objectives"]
         self.regression_layer = nn.Linear(config.hidden_size, objectives, bias=False)
         self.register_buffer("reward_transform_matrix", torch.empty(objectives, objectives))
-        self.gating = Gating(config.hidden_size, settings)
+        hidden = [raw["gating_hidden_dim"]] * raw["gating_n_hidden"]
+        widths = pairwise([config.hidden_size, *hidden, objectives])
+        self.gating = nn.Module()  # only a name: parameters are called as in the checkpoint
+        self.gating.layers = nn.ModuleList(nn.Linear(*width) for width in widths)
+        self.gating.logit_scale = nn.Parameter(torch.empty(1))
+        self.temperature = raw["gating_temperature"]
 
     def head(self, h_end, h_gate):
         """Hidden states (n, hidden) twice -> (n, 1 + 2 objectives): score, rewards, gate.
@@ -93,163 +272,12 @@ class ArmoRM(nn.Module):
         h_end: of the last tokens. h_gate: of the tokens where the assistant's header begins.
         """
         rewards = self.regression_layer(h_end)  # (n, objectives)
-        gate = self.gating(h_gate)  # (n, objectives)
+        x, (*layers, last) = h_gate, self.gating.layers
+        for layer in layers:
+            x = layer(x).relu()
+        gate = (last(x) / self.temperature).softmax(-1) * self.gating.logit_scale  # as rewards
         score = (gate * (rewards @ self.reward_transform_matrix)).sum(-1, keepdim=True)  # (n, 1)
         return torch.cat([score, rewards, gate], dim=-1)
-
-
-class Gating(nn.Module):
-    """The prompt's hidden state (n, hidden) to the objectives' weights (n, objectives)."""
-
-    def __init__(self, hidden_size, settings):
-        super().__init__()
-        hidden = [settings["gating_hidden_dim"]] * settings["gating_n_hidden"]
-        widths = pairwise([hidden_size, *hidden, settings["num_objectives"]])
-        self.temperature = settings["gating_temperature"]
-        self.layers = nn.ModuleList(nn.Linear(*width) for width in widths)
-        self.logit_scale = nn.Parameter(torch.empty(1))
-
-    def forward(self, x):
-        for layer in self.layers[:-1]:
-            x = layer(x).relu()
-        return (self.layers[-1](x) / self.temperature).softmax(-1) * self.logit_scale
-
-
-# Judges
-
-# ArmoRM's gate reads the prompt at the first token of this text's last occurrence.
-ASSISTANT_HEADER = "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
-
-
-class Judge:
-    """What both kinds share. A kind has encode(instruction, responses), what it reads, and run.
-
-    key: what scores depend on.
-    """
-
-    def __init__(self, model, tokenizer, options, key):
-        self.model, self.tokenizer, self.options, self.key = model, tokenizer, options, key
-        self.device = model.model.embed_tokens.weight.device
-        # 2048 is the fastest of 1024 to 8192 on the CPU (tests/benchmark_judge.py); no GPU yet.
-        standard = 2048 if self.device.type == "cpu" else 16384
-        self.batch_tokens = options.judge_batch_tokens or standard
-        self.context = model.config.max_positions
-
-    def group(self, count):
-        """How many instructions of `count` responses each are judged together, and then saved."""
-        return 64
-
-    def score(self, instruction, responses):
-        """One float a response, higher is better. The responses are texts, without thoughts."""
-        return score_batch(self, [("the judge", instruction, responses)])[0]["scores"]
-
-    def fit(self, ids, room):
-        """ids as a tuple; refused, or cut from the front, where there are more than `room`."""
-        expected = f"at most {room} to fit its context; --cut-front drops the first ones"
-        good = len(ids) <= room or self.options.cut_front
-        expect(good, "what the judge reads", f"{len(ids)} tokens", expected)
-        return tuple(ids[-room:])
-
-
-def score_batch(judge, batch, first=0):
-    """Scores (where, instruction, responses) triples together; `where` names each in errors.
-
-    A response is a text, or None, whose score is None. first: the place of the first triple in
-    its file. Returns a dict for each, with `scores` and what else the judge gives.
-    """
-    items, places = [], []
-    for where, instruction, responses in batch:
-        places.append([i for i, text in enumerate(responses) if text is not None])
-        try:
-            items.append(judge.encode(instruction, [responses[i] for i in places[-1]]))
-        except InputError as error:
-            raise InputError(f"{where}: {error}") from None
-    results = judge.run(items, first)
-    for (where, _, responses), place_of, result in zip(batch, places, results, strict=True):
-        finite = all(map(math.isfinite, result["scores"]))
-        expect(finite, f"{where}: scores", result["scores"], "finite numbers")
-        scores = dict(zip(place_of, result["scores"], strict=True))
-        result["scores"] = [scores.get(i) for i in range(len(responses))]
-        for verdict in result.get("verdicts", ()):
-            verdict |= {"a": place_of[verdict["a"]], "b": place_of[verdict["b"]]}
-    return results
-
-
-class Pointwise(Judge):
-    """s(x, y) of a reward model. names: ArmoRM's objectives; empty where there is one label."""
-
-    def __init__(self, model, tokenizer, options, key, names):
-        super().__init__(model, tokenizer, options, key)
-        self.names = names
-        self.header = tuple(tokenizer.encode(ASSISTANT_HEADER, add_special_tokens=False))
-
-    def encode(self, instruction, responses):
-        """The chat of every response, as a tuple of ids: all that the judge reads."""
-        chats = []
-        for response in responses:
-            turns = (("user", instruction), ("assistant", response))
-            messages = [{"role": role, "content": content} for role, content in turns]
-            ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=False)
-            chats.append(self.fit(ids, self.context))
-            self.gate_position(chats[-1])  # refused here, where the line of the file is known
-        return chats
-
-    def run(self, items, first):
-        """items: encode's chats, for each instruction. first is not read: nothing is drawn."""
-        return [{"scores": [row[0] for row in rows]} for rows in self.read(items)]
-
-    @torch.inference_mode()
-    def read(self, items):
-        """The head's row, a list of floats, of every chat of every instruction."""
-        found = [{} for _ in items]
-        for batch in self.batches(items):
-            trees = [
-                (chats[0][:shared], [chat[shared:] for chat in chats]) for _, shared, chats in batch
-            ]
-            tokens, positions, attend, offsets = pack(trees, self.device)
-            owners, ends, gates = [], [], []
-            for (i, shared, chats), (prompt, starts) in zip(batch, offsets, strict=True):
-                for chat, start in zip(chats, starts, strict=True):
-                    gate = self.gate_position(chat)
-                    gates.append(prompt + gate if gate < shared else start + gate - shared)
-                    ends.append(start + len(chat) - shared - 1)
-                    owners.append((i, chat))
-            hidden = self.model.model(tokens, positions, attend, kept=ends + gates)[0]
-            h_end, h_gate = hidden.float().chunk(2)  # (n, hidden) each
-            rows = self.model.head(h_end, h_gate).tolist()
-            for (i, chat), row in zip(owners, rows, strict=True):
-                found[i][chat] = row
-        return [[rows[chat] for chat in chats] for rows, chats in zip(found, items, strict=True)]
-
-    def batches(self, items):
-        """Lists of (item, shared, chats) of about batch_tokens tokens, sorted by length.
-
-        chats: those of an item, or a part of them, each once, so that equal responses tie
-        exactly. shared: how many first ids they have in common; the judge reads these once.
-        """
-        pieces, most = [], self.batch_tokens
-        for i, chats in enumerate(items):
-            chats = sorted(dict.fromkeys(chats), key=len)
-            shared = shared_length(chats)
-            room = max(most - shared, 2 * shared)  # so that a long prompt is not read too often
-            parts = fill(chats, [len(chat) - shared for chat in chats], room)
-            pieces += [(i, shared, part) for part in parts]
-
-        def size(piece):
-            _, shared, chats = piece
-            return shared + sum(len(chat) - shared for chat in chats)
-
-        pieces.sort(key=size)
-        return fill(pieces, map(size, pieces), most)
-
-    def gate_position(self, chat):
-        """Where the last assistant's header of a chat begins, the template's or a quoted one."""
-        if not self.names:
-            return 0  # no gate
-        for start in range(len(chat) - len(self.header), -1, -1):
-            if chat[start : start + len(self.header)] == self.header:
-                return start
-        raise InputError(f"the judge's chat: found no {ASSISTANT_HEADER!r}, expected one")
 
 
 # The prompt that the Self-Taught Evaluator was trained on, MT-Bench's for pairs, word for word:
@@ -274,57 +302,43 @@ PAIRWISE_USER = (
 )
 
 
-def read_verdict(text):
-    """'A', 'B', or None where both or neither is given.
-
-    >>> read_verdict("B rambles: [[A]]"), read_verdict("[[A]] or [[B]]?")
-    ('A', None)
-    """
-    a, b = "[[A]]" in text, "[[B]]" in text
-    return None if a == b else "A" if a else "B"
-
-
 class Pairwise(Judge):
     """A language model that compares two responses, every two in both orders."""
 
+    decoder = None  # one for all groups, so that its CUDA graphs are captured once
+
     def group(self, count):
-        verdicts = max(1, count * (count - 1))
-        return max(1, 448 // verdicts)  # 8 instructions at the paper's K: enough to fill a GPU
+        """As Judge.group: 8 at the paper's K, enough verdicts to fill a GPU."""
+        return max(1, 448 // max(1, count * (count - 1)))
 
-    def encode(self, instruction, responses):
-        """(K, the prompt of every ordered pair as ids): all that the judge reads."""
-        room, prompts = self.context - self.options.verdict_tokens, []
-        check_range("--verdict-tokens", self.options.verdict_tokens, 1, self.context - 1)
-        for a, b in permutations(responses, 2):
-            user = PAIRWISE_USER.format(input=instruction, response_a=a, response_b=b)
-            turns = (("system", PAIRWISE_SYSTEM), ("user", user))
-            messages = [{"role": role, "content": content} for role, content in turns]
-            prompts.append(self.fit(self.tokenizer.apply_chat_template(messages), room))
-        return len(responses), prompts
+    def run(self, items, name):
+        """Judges (instruction, responses) pairs. name: of the verdicts' random streams.
 
-    def run(self, items, first):
-        """items: from encode, for each instruction. first names the verdicts' random streams.
-
-        Beside `scores` (Elo) each gets `verdicts`, one an ordered pair: indices `a` and `b` of
-        the responses shown as A and B, `verdict` ("A", "B" or None) and the judge's `text`.
+        Returns a dict for each: `scores` (Elo) and `verdicts`, one an ordered pair: indices `a` and
+        `b` of the responses shown as A and B, `verdict` ("A", "B" or None), the judge's `text`.
         """
-        completions = generate(
-            self.model,
-            [prompt for _, prompts in items for prompt in prompts],
-            1,
-            self.options.verdict_tokens,
-            self.options.verdict_temperature,
-            self.options.verdict_top_p,
-            self.tokenizer.stop_ids,
-            f"{self.options.verdict_seed}/verdicts/{first}",
-        )
+        options, prompts = self.options, []
+        for instruction, responses in items:
+            for a, b in permutations(responses, 2):
+                user = PAIRWISE_USER.format(input=instruction, response_a=a, response_b=b)
+                turns = (("system", PAIRWISE_SYSTEM), ("user", user))
+                prompts.append(self.chat(*turns, reply=options.verdict_tokens))
+        length = max(map(len, prompts), default=0) + options.verdict_tokens
+        if self.decoder is None or self.decoder.length < length:
+            # Rounded up, so that a longer prompt later seldom asks for another.
+            length = min(-(-length // 1024) * 1024, self.model.config.max_position_embeddings)
+            self.decoder = Decoder(self.model, plan_slots(self.model, length, 448), length)
+        law = (options.verdict_tokens, options.verdict_temperature, options.verdict_top_p)
+        seed, stops = f"{options.verdict_seed}/verdicts/{name}", self.tokenizer.stop_ids
+        completions = generate(self.model, prompts, 1, *law, stops, seed, decoder=self.decoder)
         texts = (self.tokenizer.decode(c.ids, skip_special_tokens=True) for (c,) in completions)
         results = []
-        for count, _ in items:
-            verdicts, wins = [], np.zeros((count, count))
-            for a, b in permutations(range(count), 2):
+        for _, responses in items:
+            verdicts, wins = [], np.zeros((len(responses), len(responses)))
+            for a, b in permutations(range(len(responses)), 2):
                 text = next(texts)
-                verdict = read_verdict(text)
+                found = [letter for letter in "AB" if f"[[{letter}]]" in text]
+                verdict = found[0] if len(found) == 1 else None  # both are no verdict either
                 verdicts.append({"a": a, "b": b, "verdict": verdict, "text": text})
                 wins[a, b] += verdict == "A"
                 wins[b, a] += verdict == "B"
@@ -332,154 +346,108 @@ class Pairwise(Judge):
         return results
 
 
-PRIOR_WINS = 0.5  # ours: the usual correction of a count of zero
+@dataclass
+class Options:
+    """What scores depend on, beside the judge and the samples."""
+
+    verdict_tokens: int = lm.option(2048, "pairwise: most tokens of a verdict; ours", low=1)
+    verdict_temperature: float = lm.option(0.0, "pairwise: 0 is greedy; ours", low=0, high=100)
+    verdict_top_p: float = lm.option(1.0, "pairwise: the nucleus; ours", low=1e-6, high=1)
+    verdict_seed: int = lm.option(0, "pairwise: names every random stream", low=0)
 
 
-def elo(wins):
-    """Elo of K responses, mean 0: the maximum-likelihood Bradley-Terry fit (section 2.2).
+def load_judge(path, device="cpu", dtype=torch.float32, options=None):
+    """The judge in a checkpoint folder or hub id, its kind by `architectures` in config.json.
 
-    wins (K, K): how often i beat j. P(i beats j) = 1 / (1 + 10 ** ((elo_j - elo_i) / 400)), so
-    two responses that beat each other a and b times are 400 log10(a / b) apart. The likelihood
-    has no maximum where some responses never lost to any other; then, and only then, every two
-    get PRIOR_WINS more wins each way (ours). Rounded to 1e-6, so that the fit breaks no tie.
-
-    >>> elo([[0, 10], [1, 0]]), elo([[0, 2], [0, 0]]) == elo([[0, 2.5], [0.5, 0]])
-    ([200.0, -200.0], True)
+    LlamaForRewardModelWithGating and LlamaForSequenceClassification with one label are pointwise,
+    any causal language model is pairwise. The rest is refused, and no code of a folder is run.
     """
-    wins = np.asarray(wins, dtype=np.float64)
-    if len(wins) < 2:
-        return [0.0] * len(wins)
-    beaten = (wins > 0) | np.eye(len(wins), dtype=bool)
-    for _ in wins:
-        beaten = beaten @ beaten  # i beat j, or one who beat j, ...
-    if not beaten.all():
-        wins = wins + PRIOR_WINS * (1 - np.eye(len(wins)))
-    games, strength, step = wins + wins.T, np.zeros(len(wins)), np.ones(1)
-    while np.abs(step).max() > 1e-10:
-        chance = 1 / (1 + np.exp(strength[None] - strength[:, None]))  # (K, K): i beats j
-        gradient = (wins - games * chance).sum(1)
-        weight = games * chance * (1 - chance)
-        step = np.linalg.pinv(np.diag(weight.sum(1)) - weight) @ gradient  # Newton's
-        step /= max(1, 2 * np.ptp(step))  # so short that the likelihood rises
-        strength += step
-    return (400 / math.log(10) * (strength - strength.mean())).round(6).tolist()
+    device, folder = lm.check_device(device), lm.checkpoint_folder(path)
+    config, tokenizer = lm.read_config(folder), lm.load_tokenizer(folder)
+    file, options = folder / "config.json", options or Options()
+    raw = lm.read_json(file)
+    (kind,) = raw.get("architectures") or [None]
+    if str(kind).endswith("ForCausalLM"):
+        return Pairwise(lm.load_model(folder, device, dtype), tokenizer, options)
+    kinds = {"LlamaForRewardModelWithGating": ArmoRM, "LlamaForSequenceClassification": RewardModel}
+    known = f"{', '.join(kinds)} or a causal language model"
+    lm.expect(kind in kinds, f"{file}: architectures", repr(kind), known)
+    if kinds[kind] is RewardModel:
+        labels = raw.get("num_labels", len(raw.get("id2label", "12")))  # 2 where none is given
+        lm.expect(labels == 1, f"{file}: labels", labels, "1")
+    with torch.device("meta"):
+        model = kinds[kind](config, raw)
+    lm.load_weights(model, folder, device, dtype)
+    return Pointwise(model, tokenizer, options)
 
 
-# Length control and the pair
+def read_samples(path, scored=False):
+    """Yields (line number, row) of a file of samples, or of scores; refuses what has gaps."""
+    needed = {"ids", "thought", "response", "finished", *["score"] * scored}
+    for line, row in lm.read_jsonl(path):
+        missing = {"instruction", "prompt_ids", "outputs"} - row.keys()
+        lm.expect(not missing, f"{path}:{line}", f"no {sorted(missing)}", "them")
+        for i, output in enumerate(row["outputs"]):
+            missing = needed - output.keys()
+            lm.expect(not missing, f"{path}:{line}: outputs[{i}]", f"no {sorted(missing)}", "them")
+            score = output.get("score")
+            finite = score is None or math.isfinite(score)
+            lm.expect(finite, f"{path}:{line}: outputs[{i}]: score", score, "a finite number")
+        yield line, row
 
 
-def length_control(scores, lengths, rho):
-    """N(score) - rho N(length) of the K responses to one instruction (section 2.2).
+def score_file(judge, samples_path, scores_path, key=None, label="judging"):
+    """Writes the scores of a file of samples; the same call resumes after the last whole group."""
+    counts = [len(row["outputs"]) for _, row in read_samples(samples_path)]
+    group = judge.group(max(counts, default=1))
 
-    N(v) = (v - mean) / std, std being the population's; zeros where all values are equal.
+    def groups(done):
+        rows = islice(lm.read_jsonl(samples_path), done, None)
+        with lm.progress_bar(label, len(counts), done, "instructions") as bar:
+            for first in range(done, len(counts), group):
+                part = list(islice(rows, group))
+                yield list(score_rows(judge, part, samples_path, first))
+                bar.update(len(part))
 
-    >>> length_control([1.0, 2.0], [10, 30], 0.5), length_control([1.0, 1.0], [5, 5], 0.5)
-    ([-0.5, 0.5], [0.0, 0.0])
+    key = {**vars(judge.options), "samples": lm.hash_of(Path(samples_path)), "judge": key}
+    lm.write_groups(scores_path, group, key, groups)
+
+
+def score_rows(judge, rows, path, name):
+    """Yields rows of scores of (line, row of samples) pairs; no judge sees what is not a response.
+
+    What could not be cut has none, and a score of None. name: as in Pairwise.run.
     """
-    return (normalize(scores) - rho * normalize(lengths)).tolist()
+    items, places = [], []
+    for _, row in rows:
+        texts = [output["response"] for output in row["outputs"]]
+        places.append([i for i, text in enumerate(texts) if text is not None])
+        items.append((row["instruction"], [texts[i] for i in places[-1]]))
+    try:
+        results = judge.run(items, name)
+    except lm.InputError as error:
+        raise lm.InputError(f"{path}:{rows[0][0]} and what follows: {error}") from None
+    for (line, row), own, result in zip(rows, places, results, strict=True):
+        scores = dict(zip(own, result.pop("scores"), strict=True))
+        finite = all(map(math.isfinite, scores.values()))
+        lm.expect(finite, f"{path}:{line}: scores", list(scores.values()), "finite numbers")
+        for verdict in result.get("verdicts", ()):
+            verdict |= {"a": own[verdict["a"]], "b": own[verdict["b"]]}
+        outputs = [{**output, "score": scores.get(i)} for i, output in enumerate(row["outputs"])]
+        yield {**row, "outputs": outputs, **result}
 
 
-def normalize(values):
-    """N(v) of length_control: (K,) float64."""
-    values = np.asarray(values, dtype=np.float64)
-    values = values - values[:1]  # so that equal values are zeros exactly
-    std = values.std() if len(values) else 0
-    return (values - values.mean()) / std if std > 0 else np.zeros_like(values)
-
-
-def choose_pair(scores, lengths, finished, rho, reject_failed=False):
-    """(chosen, rejected), the indices of the highest and the lowest of K outputs; None for no pair.
-
-    scores: None where there is no response. Normalized and ranked are the outputs that have a
-    response and finished; a tie goes to the first. There is no pair where fewer than two are
-    ranked, or where all rank alike.
-
-    An output that failed, having no response or not having finished, is never chosen. Nor is it
-    rejected, by default: the paper rejects by score, and it has none, or that of a response cut
-    short by our limit. reject_failed rejects the first failed output instead of the lowest, which
-    teaches the format and to come to an end. Both are choices of ours.
-    """
-    ranked = [i for i, score in enumerate(scores) if score is not None and finished[i]]
-    if len(ranked) < 2:
-        return None
-    controlled = length_control([scores[i] for i in ranked], [lengths[i] for i in ranked], rho)
-    controlled = np.round(controlled, 12)  # rounding must not make a pair where all are equal
-    best, worst = int(np.argmax(controlled)), int(np.argmin(controlled))
-    failed = sorted(set(range(len(scores))) - set(ranked))
-    if reject_failed and failed:
-        return ranked[best], failed[0]
-    return (ranked[best], ranked[worst]) if controlled[best] > controlled[worst] else None
-
-
-def build_pairs(rows, rho, tokenizer, reject_failed=False):
-    """Yields a row for each row of scores that gives a pair (section 2.2).
-
-    rho: the weight of the length in tokens of the policy (`response_tokens`), or of `tokenizer`
-    where a file lacks these. The scores in a pair are the judge's, before length control.
-    """
-    told = False
-    for row in rows:
-        outputs, lengths = row["outputs"], []
-        for output in outputs:
-            length = output.get("response_tokens")
-            if length is None and output["response"] is not None:
-                length = len(tokenizer.encode(output["response"], add_special_tokens=False))
-                if rho and not told:
-                    print("no response_tokens: counted the judge's tokens", file=sys.stderr)
-                    told = True
-            lengths.append(length)
-        scores, finished = ([output[key] for output in outputs] for key in ("score", "finished"))
-        pair = choose_pair(scores, lengths, finished, rho, reject_failed)
-        if pair is not None:
-            chosen, rejected = (outputs[i] for i in pair)
-            yield {
-                **{k: v for k, v in row.items() if k not in ("outputs", "verdicts", "prompt_text")},
-                "prompt": row.get("prompt_text", row["instruction"]),
-                "chosen": output_text(chosen),
-                "rejected": output_text(rejected),
-                "chosen_ids": chosen["ids"],
-                "rejected_ids": rejected["ids"],
-                "chosen_score": chosen["score"],
-                "rejected_score": rejected["score"],
-            }
-
-
-def output_text(output):
-    """An output whole; another program's file may have it in its two parts alone."""
-    parts = (output["thought"], output["response"])
-    return output["text"] if "text" in output else "\n\n".join(filter(None, parts))
-
-
-# Win rates
-
-
-def win_rate(judge, instructions, ours, theirs):
-    """(rate, low, high) of our responses against theirs, one each for every instruction.
-
-    A response is a text, or None where none could be cut: it loses to any.
-    """
-    triples, scores = [], []
-    for i, (instruction, *pair) in enumerate(zip(instructions, ours, theirs, strict=True), 1):
-        triples.append((f"instruction {i}", instruction, pair))
-    group = judge.group(2)
-    for first in range(0, len(triples), group):
-        results = score_batch(judge, triples[first : first + group], first)
-        scores += [result["scores"] for result in results]
-    return win_rate_of_scores([a for a, _ in scores], [b for _, b in scores])
-
-
-def win_rate_of_scores(ours, theirs):
+def win_rate(ours, theirs):
     """(rate, low, high) of our scores against theirs, by one judge on the same instructions.
 
-    A tie is half a win; None is below any score. low, high: wilson_interval's, which takes ties
-    to vary as much as wins and losses do, and so errs on the wide side.
+    A tie is half a win; None is below any score. low, high: Wilson's 95% interval, which takes
+    ties to vary as much as wins and losses do, and so errs on the wide side.
     """
-    n, wins = len(ours), 0
-    expect(n > 0, "win rate", "no instruction", "some to compare on")
+    wins = 0
     for pair in zip(ours, theirs, strict=True):
         a, b = (-math.inf if score is None else score for score in pair)
         wins += (a > b) + 0.5 * (a == b)
-    return wins / n, *wilson_interval(wins / n, n)
+    return wins / len(ours), *wilson_interval(wins / len(ours), len(ours))
 
 
 def wilson_interval(rate, n):
@@ -490,224 +458,80 @@ def wilson_interval(rate, n):
     return [max(0.0, middle - reach), min(1.0, middle + reach)]
 
 
-# A judge's checkpoint
-
-# The objectives of ArmoRM-Llama3-8B-v0.1 in the order of its rewards, from its model card.
-ARMORM_OBJECTIVES = """
-helpsteer-helpfulness helpsteer-correctness helpsteer-coherence helpsteer-complexity
-helpsteer-verbosity ultrafeedback-overall_score ultrafeedback-instruction_following
-ultrafeedback-truthfulness ultrafeedback-honesty ultrafeedback-helpfulness beavertails-is_safe
-prometheus-score argilla-overall_quality argilla-judge_lm code-complexity code-style
-code-explanation code-instruction-following code-readability
-""".split()
-
-
-@dataclass
-class Options:
-    """What scores depend on, beside the judge and the samples."""
-
-    judge_batch_tokens: int = option(
-        None, "pointwise: tokens judged at once; ours: 2048 on the CPU, else 16384", low=1, kind=int
-    )
-    cut_front: bool = option(False, "drop the first tokens of what is longer, instead of refusing")
-    verdict_tokens: int = option(2048, "pairwise: most tokens of a verdict; ours", low=1)
-    verdict_temperature: float = option(0.0, "pairwise: 0 is greedy; ours", low=0, high=100)
-    verdict_top_p: float = option(1.0, "pairwise: mass of the nucleus; ours", low=1e-6, high=1)
-    verdict_seed: int = option(0, "pairwise: names every random stream", low=0)
-
-
-def load_judge(path, device="cpu", dtype=torch.float32, options=None):
-    """The judge in a checkpoint folder or hub id, its kind by `architectures` in config.json.
-
-    LlamaForRewardModelWithGating and LlamaForSequenceClassification with one label are pointwise,
-    any causal language model is pairwise. The rest is refused, and no code of a folder is run.
-    """
-    options = options or Options()
-    device, folder = check_device(device), checkpoint_folder(path)
-    config, tokenizer, file = read_config(folder), load_tokenizer(folder), folder / "config.json"
-    key = {"judge": str(path), "dtype": str(dtype), **vars(options)}
-    raw = read_json(file)
-    kind = raw.get("architectures")
-    kind = kind[0] if isinstance(kind, list) and len(kind) == 1 else kind
-    if str(kind).endswith("ForCausalLM"):
-        return Pairwise(load_model(folder, device, dtype), tokenizer, options, key)
-    with torch.device("meta"):
-        if kind == "LlamaForRewardModelWithGating":
-            model, names = ArmoRM(config, read_gating(raw, file)), objective_names(raw)
-        elif kind == "LlamaForSequenceClassification":
-            check_one_label(raw, file)
-            model, names = RewardModel(config), []
-        else:
-            raise InputError(
-                f"{file}: architectures: found {kind!r}, expected LlamaForRewardModelWithGating, "
-                "LlamaForSequenceClassification or a causal language model"
-            )
-    load_weights(model, folder, device, dtype).eval()
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if not name.startswith("model."):  # the head reads few positions: float32 costs nothing
-            place(model, name, tensor.data.float())
-    return Pointwise(model, tokenizer, options, key, names)
-
-
-def read_gating(raw, file):
-    """The sizes of ArmoRM's head from config.json."""
-    keys = ("num_objectives", "gating_hidden_dim", "gating_n_hidden", "gating_temperature")
-    for key in keys:
-        value, kinds = raw.get(key), (int, float) if key == "gating_temperature" else int
-        good = isinstance(value, kinds) and not isinstance(value, bool) and 0 < value < 1e6
-        expect(good, f"{file}: {key}", repr(value), "a number above 0")
-    return {key: raw[key] for key in keys}
-
-
-def objective_names(raw):
-    """The published names where there are as many objectives, else config.json's, else numbers."""
-    count, labels = raw["num_objectives"], raw.get("id2label")
-    if count == len(ARMORM_OBJECTIVES):
-        return ARMORM_OBJECTIVES
-    labels = labels if isinstance(labels, dict) and len(labels) == count else {}
-    return [str(labels.get(str(i), f"objective {i}")) for i in range(count)]
-
-
-def check_one_label(raw, file):
-    """Refuses a head of several labels; a config that does not say has transformers' two."""
-    labels = raw.get("id2label")
-    counts = [raw.get("num_labels"), len(labels) if isinstance(labels, dict) else None]
-    if counts == [None, None]:
-        counts = ["none given, which means 2"]
-    others = [str(count) for count in counts if count not in (None, 1)]
-    expect(not others, f"{file}: labels", " and ".join(others), "1")
-
-
-# Files: samples in, scores out
-
-
-def read_samples(path, scored=False):
-    """Yields (line number, row) of a file of samples, or of scores; refuses other rows."""
-    of_row = {"instruction": str, "prompt_ids": list, "outputs": list}
-    of_output = {"ids": list, "thought": str | None, "response": str | None, "finished": bool}
-    of_output |= {"score": object} if scored else {}
-    for line, row in read_jsonl(path):
-        check_fields(f"{path}:{line}", row, of_row)
-        expect(row["outputs"], f"{path}:{line}: outputs", "none", "at least one")
-        for i, output in enumerate(row["outputs"]):
-            check_fields(f"{path}:{line}: outputs[{i}]", output, of_output)
-            for name in ("score", "response_tokens"):  # where they are, numbers
-                number, where = output.get(name), f"{path}:{line}: outputs[{i}]: {name}"
-                good = isinstance(number, float | int) and abs(number) < 1e30
-                expect(good or number is None, where, repr(number), "a number")
-        yield line, row
-
-
-def check_fields(where, row, kinds):
-    expect(isinstance(row, dict), where, repr(row)[:40], "a JSON object")
-    for name, kind in kinds.items():
-        found = repr(row[name])[:40] if name in row else "nothing"
-        good = name in row and isinstance(row[name], kind)
-        expect(good, f"{where}: {name}", found, getattr(kind, "__name__", kind))
-
-
-def score_file(judge, samples_path, scores_path):
-    """Writes the scores of a file of samples; a second start goes on after the last whole group."""
-    counts = [len(row["outputs"]) for _, row in read_samples(samples_path)]
-    group = judge.group(max(counts, default=1))
-    key = {**judge.key, "samples": file_hash(samples_path)}
-
-    def groups(done):
-        first = done * group
-        rows = islice(read_jsonl(samples_path), first, None)
-        with tqdm(total=len(counts), initial=first, desc="judging", unit="instruction") as bar:
-            while batch := list(islice(rows, group)):
-                yield score_rows(judge, batch, samples_path, first)
-                first += len(batch)
-                bar.update(len(batch))
-
-    write_groups(scores_path, key, groups)
-
-
-def score_rows(judge, rows, path, first):
-    """Rows of scores of (line, row of samples) pairs, judged together by their responses alone."""
-    batch = [
-        (f"{path}:{line}", row["instruction"], [output["response"] for output in row["outputs"]])
-        for line, row in rows
-    ]
-    scored = []
-    for (_, row), result in zip(rows, score_batch(judge, batch, first), strict=True):
-        pairs = zip(row["outputs"], result.pop("scores"), strict=True)
-        scored.append({**row, "outputs": [{**o, "score": score} for o, score in pairs], **result})
-    return scored
-
-
 def compare_files(judge, ours_path, theirs_path):
     """win_rate of two files of samples of the same instructions, by each row's first output."""
-    rows = [[row for _, row in read_samples(path)] for path in (ours_path, theirs_path)]
-    instructions, others = ([row["instruction"] for row in side] for side in rows)
-    expected = f"those of {ours_path}, in order"
-    expect(instructions == others, theirs_path, "other instructions", expected)
-    responses = ([row["outputs"][0]["response"] for row in side] for side in rows)
-    return win_rate(judge, instructions, *responses)
+    ours, theirs = (list(read_samples(path)) for path in (ours_path, theirs_path))
+    same = [row["instruction"] for _, row in ours] == [row["instruction"] for _, row in theirs]
+    lm.expect(same, theirs_path, "other instructions", f"those of {ours_path}, in order")
+    both = [
+        (line, {**a, "outputs": [a["outputs"][0], b["outputs"][0]]})
+        for (line, a), (_, b) in zip(ours, theirs, strict=True)
+    ]
+    group, scores = judge.group(2), []
+    for first in range(0, len(both), group):
+        for row in score_rows(judge, both[first : first + group], ours_path, first):
+            scores.append([output["score"] for output in row["outputs"]])
+    return win_rate(*zip(*scores, strict=True))
 
 
-# Command line
+RHO_HELP = "weight of length control, paper 2.2, or auto: the authors' rule, draft 3.5"
+FAILED_HELP = "reject an output that cannot be cut, draft 2.2, or did not end, ours"
 
 
-def print_objectives(judge, path):
-    """ArmoRM's reward and weight of each objective, for every response of a file of samples."""
-    expect(getattr(judge, "names", None), "--explain", "a judge without objectives", "ArmoRM")
-    n = len(judge.names)
-    for line, row in read_samples(path):
-        responses = [output["response"] for output in row["outputs"]]
-        texts = {i: text for i, text in enumerate(responses) if text is not None}
-        (parts,) = judge.read([judge.encode(row["instruction"], texts.values())])
-        for i, (score, *rest) in zip(texts, parts, strict=True):
-            print(f"{path}:{line} outputs[{i}] score {score:.6f}")
-            print(f"{'objective':40}{'reward':>10}{'gate':>10}")
-            for name, reward, gate in zip(judge.names, rest[:n], rest[n:], strict=True):
-                print(f"{name:40}{reward:10.4f}{gate:10.4f}")
+def read_rho(text):
+    """--rho as a number, or "auto"."""
+    try:
+        rho = text if text == "auto" else float(text)
+    except ValueError:
+        rho = math.nan
+    lm.expect(rho == "auto" or 0 <= rho <= 10, "--rho", text, "auto, or a number from 0 to 10")
+    return rho
+
+
+def describe_pairs(made):
+    """How many pairs, with which rho, and why not more, in a line."""
+    none = "".join(f"; {count} none: {why}" for why, count in made["no_pair"].items())
+    return (
+        f"{made['pairs']:,} pairs ({made['failed']:.0%} reject failed), rho {made['rho']:g}{none}"
+    )
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Samples in, scores and pairs out.")
+    parser = lm.make_parser("Samples in, scores and pairs out.", Options)
     add = parser.add_argument
     add("--judge", required=True, help="checkpoint folder or hub id")
     add("--samples", required=True, help="file of samples, from sample.py")
     add("--output", help="file of scores to write")
     add("--pairs", help="file of pairs to write; without --output, --samples is a file of scores")
-    add("--rho", type=float, default=0.0, help="weight of length control, paper 2.2 (default 0.0)")
-    add(
-        "--reject-failed",
-        action="store_true",
-        help="reject an output without a response, or unfinished, before one that scores low",
-    )
-    add("--explain", action="store_true", help="print ArmoRM's rewards by objective, and its gate")
+    add("--rho", default="0.0", help=RHO_HELP + " (default 0.0)")
+    add("--reject-failed", action=argparse.BooleanOptionalAction, default=True, help=FAILED_HELP)
     add("--against", help="file of samples: print the win rate of --samples' first outputs")
-    add("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
-    add("--dtype", choices=DTYPES, default="float32", help="of the judge (default float32)")
-    add_options(parser, Options)
     args = parser.parse_args()
-    if not (args.output or args.pairs or args.explain or args.against):
-        parser.error("expected --output, --pairs, --explain or --against")
-    check_range("--rho", args.rho, 0)
-    options = read_options(Options, vars(args))
+    some = args.output or args.pairs or args.against
+    lm.expect(some, "the command", "nothing to do", "--output, --pairs or --against")
     for path in filter(None, (args.output, args.pairs)):
-        check_output(path)
+        lm.check_output(path)
     rows = (row for _, row in read_samples(args.samples))
     some = any(output["response"] is not None for row in rows for output in row["outputs"])
-    expect(some, args.samples, "no response", "some to judge")
-    if args.output or args.explain or args.against:
-        judge = load_judge(args.judge, args.device, DTYPES[args.dtype], options)
+    lm.expect(some, args.samples, "no response", "some to judge")
+    options = lm.options_of(Options, args)
+    read_rho(args.rho)  # refused before the long work
+    if args.output or args.against:
+        judge = load_judge(args.judge, args.device, lm.DTYPES[args.dtype], options)
     if args.output:
-        judge.key["judge"] = folder_hash(checkpoint_folder(args.judge))
-        score_file(judge, args.samples, args.output)
-    if args.explain:
-        print_objectives(judge, args.samples)
+        key = [lm.hash_of(lm.checkpoint_folder(args.judge)), args.dtype]
+        score_file(judge, args.samples, args.output, key)
     if args.against:
         rate, low, high = compare_files(judge, args.samples, args.against)
         print(f"win rate {rate:.1%}, 95% interval {low:.1%} to {high:.1%}")
     if args.pairs:
-        rows = (row for _, row in read_samples(args.output or args.samples, scored=True))
-        tokenizer = load_tokenizer(args.judge)
-        write_jsonl(args.pairs, build_pairs(rows, args.rho, tokenizer, args.reject_failed))
+        scores = args.output or args.samples
+        made = write_pairs(scores, args.pairs, args.rho, args.reject_failed)
+        for row in made["rhos"]:  # what length control makes of the pairs
+            cells = [f"{name} {x:.5g}" for name, x in row.items() if isinstance(x, int | float)]
+            print(", ".join(cells).replace("_", " "))
+        print(describe_pairs(made))
 
 
 if __name__ == "__main__":
-    run_main(main)
+    lm.run_main(main)

@@ -12,14 +12,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch.utils._python_dispatch import TorchDispatchMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+TESTS = Path(__file__).resolve().parent
+FIXTURES = TESTS / "fixtures"
+# The modules, this folder, and the makers of fixtures, whose checkpoints the tests rebuild.
+sys.path[:0] = map(str, (TESTS.parent, TESTS, FIXTURES, FIXTURES / "judge", FIXTURES / "trl"))
 torch.set_num_threads(1)
-
-FIXTURES = Path(__file__).resolve().parent / "fixtures"
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -51,6 +53,12 @@ LLAMA_TEMPLATE = (
     "{% if add_generation_prompt %}"
     "{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
 )
+
+
+def pytest_configure(config):
+    config.addinivalue_line(
+        "markers", "reference: compares with transformers, TRL, a closed form or finite differences"
+    )
 
 
 def tensor_shapes(config):
@@ -169,26 +177,16 @@ def tiny(tmp_path_factory):
     return write_checkpoint(folder)
 
 
-def longer_wins(tokenizer):
-    """In place of `generate`: verdicts of a pairwise judge that likes length.
+@pytest.fixture(params=["as torch", "(B, M, H, D) in memory"])
+def memory_order(request, monkeypatch):
+    """Attention's kernels are free in the order in which their result lies in memory."""
+    attention = F.scaled_dot_product_attention
 
-    Of two that are equally long it names both or neither. It keeps the prompts under `asked`.
-    """
-    from sample import Completion
+    def other(*args, **options):
+        return attention(*args, **options).transpose(1, 2).contiguous().transpose(1, 2)
 
-    def verdict(prompt):
-        a, b = (prompt.split(f"{x}'s Answer]\n")[1].split("\n[The End")[0] for x in "AB")
-        if len(a) == len(b):
-            return "[[A]] or [[B]]" if "both" in a else "no idea"
-        return f"because. [[{'A' if len(a) > len(b) else 'B'}]]"
-
-    def generate(model, prompts, num_samples, *options):
-        texts = [tokenizer.decode(prompt) for prompt in prompts]
-        generate.asked += texts
-        return [[Completion(tokenizer.encode(verdict(text)), True)] for text in texts]
-
-    generate.asked = []
-    return generate
+    if request.param != "as torch":
+        monkeypatch.setattr(F, "scaled_dot_product_attention", other)
 
 
 class TensorBytes(TorchDispatchMode):
@@ -222,7 +220,7 @@ class TensorBytes(TorchDispatchMode):
 @pytest.fixture
 def tensor_bytes(monkeypatch):
     """tensor_bytes(model): a TensorBytes that holds the model's weights already."""
-    import model
+    import model as lm
 
     def begin(llm):
         tensors = TensorBytes()
@@ -234,5 +232,5 @@ def tensor_bytes(monkeypatch):
         return torch.ones(rows, columns, dtype=torch.bool).tril(columns - rows)
 
     # The mask object of torch cannot be made under a dispatch mode; the mask it stands for can.
-    monkeypatch.setattr(model, "causal_lower_right", mask)
+    monkeypatch.setattr(lm, "causal_lower_right", mask)
     return begin

@@ -1,21 +1,27 @@
-"""Judges: scores as transformers gives them, no thought in any input, Elo, lengths, pairs."""
+"""Judges: scores as transformers gives them, exact ties, no thought in any input, Elo, the pair.
+
+python -m pytest tests/test_judge.py
+"""
 
 import hashlib
 import json
 import math
-import subprocess
+import random
 import sys
 from itertools import permutations
+
+import judge as judging
+from model import InputError
+from sample import Completion
 
 import make_judge_fixtures as tiny_judges
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES, LLAMA, longer_wins, write_checkpoint, write_tokenizer
+import torch.nn.functional as F
+from conftest import FIXTURES, LLAMA, write_checkpoint, write_tokenizer
+from make_judge_fixtures import words
 from safetensors.torch import load_file, save_file
-
-import judge as judging
-from model import InputError, load_tokenizer
 
 CONFIGS = {"one label": tiny_judges.ONE_LABEL, "ArmoRM": tiny_judges.ARMORM}
 THEIRS = json.loads((FIXTURES / "judge" / "scores.json").read_text())
@@ -24,76 +30,76 @@ THEIRS = json.loads((FIXTURES / "judge" / "scores.json").read_text())
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("judges")
-    return {name: tiny_judges.write_judge(root / name, c) for name, c in CONFIGS.items()}
-
-
-@pytest.fixture(scope="module")
-def pairwise_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pairwise")
-    write_tokenizer(folder)
-    return write_checkpoint(folder, LLAMA | {"max_position_embeddings": 4096})
+    made = {name: tiny_judges.write_judge(root / name, c) for name, c in CONFIGS.items()}
+    write_tokenizer(root / "pairwise")
+    config = LLAMA | {"max_position_embeddings": 4096}
+    return made | {"pairwise": write_checkpoint(root / "pairwise", config)}
 
 
 @pytest.fixture
-def pairwise(pairwise_folder):
-    return judging.load_judge(pairwise_folder, options=judging.Options(verdict_tokens=4))
-
-
-def batch_of_cases():
-    return [("case", instruction, responses) for instruction, responses in tiny_judges.cases()]
+def pairwise(folders):
+    return judging.load_judge(folders["pairwise"], options=judging.Options(verdict_tokens=4))
 
 
 # Scores
 
 
+@pytest.mark.reference
 @pytest.mark.parametrize("name", CONFIGS)
 def test_scores_are_those_of_transformers(folders, name):
+    """Together and alone; of ArmoRM also the rewards and the gate that the score is made of."""
     judge = judging.load_judge(folders[name])
-    together = [result["scores"] for result in judging.score_batch(judge, batch_of_cases())]
-    for (instruction, responses), scores, rows in zip(
-        tiny_judges.cases(), together, THEIRS[name], strict=True
-    ):
-        expected = [row[0] for row in rows]
-        assert scores == pytest.approx(expected, rel=2e-4)
-        assert judge.score(instruction, responses) == pytest.approx(expected, rel=2e-4)
+    for (instruction, responses), theirs in zip(tiny_judges.cases(), THEIRS[name], strict=True):
+        rows = judge.read(instruction, responses)
+        alone = [judge.read(instruction, [response])[0] for response in responses]
+        assert np.array(rows) == pytest.approx(np.array(theirs), rel=2e-4, abs=2e-5)
+        assert np.array(alone) == pytest.approx(np.array(theirs), rel=2e-4, abs=2e-5)
+        assert judge.score(instruction, responses) == [row[0] for row in rows]
 
 
-def test_the_parts_of_a_score_are_those_of_transformers(folders):
-    judge = judging.load_judge(folders["ArmoRM"])
-    found = judge.read([judge.encode(x, y) for x, y in tiny_judges.cases()])
-    for ours, theirs in zip(found, THEIRS["ArmoRM"], strict=True):
-        assert np.array(ours) == pytest.approx(np.array(theirs), rel=2e-4, abs=2e-5)
-
-
-@pytest.mark.parametrize("tokens", [1, 300, 100_000])
-def test_scores_do_not_depend_on_the_batch(folders, tokens):
-    judge = judging.load_judge(folders["ArmoRM"])
-    expected = [row[0] for rows in THEIRS["ArmoRM"] for row in rows]
-    judge.batch_tokens = tokens
-    results = judging.score_batch(judge, batch_of_cases())
-    assert [s for r in results for s in r["scores"]] == pytest.approx(expected, rel=2e-4)
-
-
-def test_batches_hold_every_chat_once_and_no_more_tokens_than_asked(folders):
-    judge = judging.load_judge(folders["one label"])
-    items = [judge.encode(x, y) for x, y in tiny_judges.cases()]
-    for judge.batch_tokens in (1, 700, 2500):
-        batches = list(judge.batches(items))
-        chats = sorted((i, chat) for batch in batches for i, _, part in batch for chat in part)
-        assert chats == sorted((i, chat) for i, part in enumerate(items) for chat in set(part))
-        for batch in batches:
-            size = sum(s + sum(len(chat) - s for chat in part) for _, s, part in batch)
-            most = max([judge.batch_tokens, *(3 * shared for _, shared, _ in batch)])
-            assert size <= most or sum(len(part) for *_, part in batch) == 1
+@pytest.mark.parametrize("name", CONFIGS)
+def test_scores_do_not_depend_on_order_or_batch(folders, name):
+    judge, rng = judging.load_judge(folders[name]), random.Random(0)
+    for instruction, responses in tiny_judges.cases():
+        scores = dict(zip(responses, judge.score(instruction, responses), strict=True))
+        for _ in range(2):
+            part = rng.sample(responses, rng.randint(1, len(responses)))
+            expected = [scores[response] for response in part]
+            assert judge.score(instruction, part) == pytest.approx(expected, rel=1e-5, abs=1e-5)
+    together = [result["scores"] for result in judge.run(tiny_judges.cases(), 0)]
+    assert together == [judge.score(*case) for case in tiny_judges.cases()]  # to the bit
 
 
 def test_equal_responses_tie_exactly(folders):
     judge = judging.load_judge(folders["one label"])
-    others = [tiny_judges.words(n, n) for n in (40, 41, 333)]
+    others = [words(n, n) for n in (40, 41, 333)]
     scores = judge.score("Which?", ["same", others[0], "same", *others[1:], " same\n"])
     assert scores[0] == scores[2] == scores[5]  # the template strips the third
     assert len(set(scores)) == 4
     assert judge.score("Which?", []) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_equal_responses_tie_exactly_in_different_files(folders, tmp_path, name, dtype):
+    """Files of validation have one response an instruction; most answers of a seed come again."""
+    judge = judging.load_judge(folders[name], dtype=dtype)
+    lengths = [3, 700, 41, 42, 250, 1, 90, 333]
+    texts = {"seed": [words(n, n) for n in lengths], "later": [words(n, n) for n in lengths]}
+    texts["later"][1], texts["later"][4] = words(650, 1), words(255, 4)
+    scores, files = {}, {}
+    for file, responses in texts.items():
+        rows = [sample_row(f"Question {n}?", [y]) for n, y in zip(lengths, responses, strict=True)]
+        files[file] = write_rows(tmp_path / file, rows)
+        judging.score_file(judge, files[file], tmp_path / f"{file}.scores")
+        found = read_rows(tmp_path / f"{file}.scores")
+        scores[file] = [output["score"] for row in found for output in row["outputs"]]
+    tied = [a == b for a, b in zip(scores["seed"], scores["later"], strict=True)]
+    assert tied == [i not in (1, 4) for i in range(len(lengths))]
+    better = sum(scores["later"][i] > scores["seed"][i] for i in (1, 4))
+    rate = (better + 0.5 * 6) / 8
+    assert judging.win_rate(scores["later"], scores["seed"])[0] == rate
+    assert judging.compare_files(judge, files["later"], files["seed"])[0] == rate
 
 
 def test_heads_are_float32_and_the_trunk_as_asked(folders):
@@ -101,34 +107,31 @@ def test_heads_are_float32_and_the_trunk_as_asked(folders):
     assert judge.model.model.norm.weight.dtype == torch.bfloat16
     assert judge.model.reward_transform_matrix.dtype == torch.float32
     assert judge.model.gating.layers[0].weight.dtype == torch.float32
-    scores = judge.score(*tiny_judges.cases()[0])
     expected = [row[0] for row in THEIRS["ArmoRM"][0]]
-    assert scores == pytest.approx(expected, abs=0.1)
+    assert judge.score(*tiny_judges.cases()[0]) == pytest.approx(expected, abs=0.1)
 
 
-def test_objective_names():
-    names = judging.ARMORM_OBJECTIVES
-    assert len(names) == len(set(names)) == 19
-    assert judging.objective_names({"num_objectives": 19}) == names
-    labels = {"0": "kind", "1": "true"}
-    assert judging.objective_names({"num_objectives": 2, "id2label": labels}) == ["kind", "true"]
-    numbered = judging.objective_names({"num_objectives": 3, "id2label": labels})
-    assert numbered == ["objective 0", "objective 1", "objective 2"]
+def test_the_gate_reads_where_the_last_header_begins(folders):
+    judge, header = judging.load_judge(folders["ArmoRM"]), tiny_judges.HEADER
+    pattern = judge.tokenizer.encode(header, add_special_tokens=False)
+    for instruction, responses in tiny_judges.cases():
+        for response in responses:
+            chat = judge.chat(("user", instruction), ("assistant", response))
+            found = judge.gate_position(chat)
+            assert found == tiny_judges.last_occurrence(chat, pattern)
+            assert list(chat[found : found + len(pattern)]) == pattern
+    plain, quoting = (
+        judge.chat(("user", "Hi"), ("assistant", text)) for text in ("a", f"a{header}b")
+    )
+    assert judge.gate_position(quoting) > judge.gate_position(plain)
+    with pytest.raises(InputError, match=r"the judge's chat: found no '<\|eot_id\|>"):
+        judge.gate_position(quoting[:5])
 
 
-def test_a_long_chat_is_refused_or_cut_from_the_front(folders):
-    refusing = judging.load_judge(folders["one label"])
-    long = tiny_judges.words(2500, 5)
-    with pytest.raises(InputError, match=r"found \d{4} tokens, expected at most 2048.*--cut-front"):
-        refusing.score("Hi", [long])
-    options = judging.Options(cut_front=True)
-    cutting = judging.load_judge(folders["one label"], options=options)
-    armorm = judging.load_judge(folders["ArmoRM"], options=options)
-    cutting.context = armorm.context = 100
-    chats = refusing.encode("Hi", ["a", tiny_judges.words(300, 6)])
-    assert cutting.encode("Hi", ["a", tiny_judges.words(300, 6)]) == [chats[0], chats[1][-100:]]
-    with pytest.raises(InputError, match=r"the judge: the judge's chat: found no '<\|eot_id\|>"):
-        armorm.score("Hi", [tiny_judges.words(300, 6)])  # the header was cut away
+def test_a_chat_longer_than_the_context_is_refused(folders):
+    for name in CONFIGS:
+        with pytest.raises(InputError, match=r"judge reads: found \d{4} tokens, expected 2048 at"):
+            judging.load_judge(folders[name]).score("Hi", [words(2500, 5)])
 
 
 # Which judge
@@ -145,49 +148,43 @@ def change(folder, target, **changes):
     return target
 
 
+ONE_LABEL = {"architectures": ["LlamaForSequenceClassification"], "num_labels": 1}
+
+
 @pytest.mark.parametrize(
     ("base", "changes", "message"),
     [
         ("one label", {"architectures": ["LlamaForTokenClassification"]}, "found 'LlamaForToken"),
         ("one label", {"architectures": None}, "found None"),
         ("one label", {"architectures": ["MistralForSequenceClassification"]}, "found 'Mistral"),
-        ("one label", {"architectures": [["LlamaForCausalLM"]]}, "architectures: found"),
         ("one label", {"id2label": {"0": "a", "1": "b"}}, "labels: found 2, expected 1"),
-        ("one label", {"id2label": None}, "labels: found none given, which means 2, expected 1"),
+        ("one label", {"id2label": None}, "labels: found 2, expected 1"),
         ("one label", {"num_labels": 3}, "labels: found 3, expected 1"),
-        ("one label", {"num_labels": [1]}, r"labels: found \[1\], expected 1"),
-        ("one label", {"architectures": ["LlamaForRewardModelWithGating"]}, "num_objectives: fou"),
-        ("ArmoRM", {"gating_temperature": 0}, "gating_temperature: found 0"),
-        ("ArmoRM", {"gating_n_hidden": 1}, "tensor gating.layers.1.* shape"),
-        ("ArmoRM", {"num_objectives": 4}, r"tensor .* found shape \[5.*expected \[4"),
-        ("ArmoRM", {"architectures": ["LlamaForCausalLM"]}, "tensor .* is not in this model"),
+        ("ArmoRM", {"gating_n_hidden": 1}, r"gating\.layers\.1"),
+        ("ArmoRM", {"num_objectives": 4}, r"shape .*\[5.*\[4"),
+        ("ArmoRM", {"architectures": ["LlamaForCausalLM"]}, "regression_layer.weight"),
+        ("pairwise", ONE_LABEL, r"score\.weight"),
     ],
 )
 def test_other_judges_are_refused_by_name(folders, tmp_path, base, changes, message):
     folder = change(folders[base], tmp_path / "judge", **changes)
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=rf"(?s){folder}.*{message}"):
         judging.load_judge(folder)
 
 
 def test_one_label_by_its_number_alone(folders, tmp_path):
     folder = change(folders["one label"], tmp_path / "judge", id2label=None, num_labels=1)
-    assert judging.load_judge(folder).names == []
+    assert isinstance(judging.load_judge(folder).model, judging.RewardModel)
 
 
-def test_a_policys_folder_without_a_reward_head_is_refused(pairwise_folder, tmp_path):
-    labels = {"architectures": ["LlamaForSequenceClassification"], "num_labels": 1}
-    folder = change(pairwise_folder, tmp_path / "judge", **labels)
-    with pytest.raises(InputError, match=r"tensor score\.weight is missing"):
-        judging.load_judge(folder)
-
-
-def test_scores_that_are_not_finite_are_refused(folders, tmp_path):
+def test_scores_that_are_not_finite_are_refused_by_line(folders, tmp_path):
     folder = change(folders["one label"], tmp_path / "judge")
     tensors = load_file(folder / "model.safetensors")
     tensors["score.weight"] = torch.full_like(tensors["score.weight"], 3e38)
     save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(InputError, match=r"the judge: scores: found .*nan.*, expected finite"):
-        judging.load_judge(folder).score("Hi", ["a", "b"])
+    samples = write_rows(tmp_path / "in", [sample_row("Hi", [y]) for y in ("a", "b")])
+    with pytest.raises(InputError, match=r"in:1: scores: found .*(nan|inf).*, expected finite"):
+        judging.score_file(judging.load_judge(folder), samples, tmp_path / "out")
 
 
 # No judge sees a thought
@@ -215,6 +212,15 @@ def sample_row(instruction, responses, **fields):
     return row | fields | {"outputs": outputs}
 
 
+def score_row(scores, lengths, failed=()):
+    """A row of scores: outputs of these lengths; those in `failed` did not finish."""
+    both = zip(scores, lengths, strict=True)
+    row = sample_row("Which?", [None if s is None else "x" * n for s, n in both])
+    for i, (output, score) in enumerate(zip(row["outputs"], scores, strict=True)):
+        output |= {"score": score, "finished": i not in failed}
+    return row
+
+
 def write_rows(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
@@ -224,33 +230,56 @@ def read_rows(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-@pytest.mark.parametrize("name", ["one label", "ArmoRM", "pairwise"])
-def test_no_thought_reaches_a_judge(folders, pairwise, tmp_path, monkeypatch, name):
-    judge = pairwise if name == "pairwise" else judging.load_judge(folders[name])
-    read = []
-    trunk = judge.model.model
-    forward = trunk.forward
+@pytest.mark.parametrize("name", [*CONFIGS, "pairwise"])
+def test_no_thought_reaches_a_judge(folders, tmp_path, monkeypatch, name):
+    options = judging.Options(verdict_tokens=4)
+    judge, read = judging.load_judge(folders[name], options=options), []
+    forward = judge.model.model.forward
 
     def spy(tokens, *args, **kwargs):
         read.append(judge.tokenizer.decode(tokens.flatten().tolist()))
         return forward(tokens, *args, **kwargs)
 
-    monkeypatch.setattr(trunk, "forward", spy)
+    monkeypatch.setattr(judge.model.model, "forward", spy)
     rows = [
         sample_row("Name an animal.", ["Okapi!", "A heron.", None]),
         sample_row("Which plant?", ["Fern.", ""]),
+        sample_row("Nothing?", [None, None]),
     ]
     samples = write_rows(tmp_path / "samples.jsonl", rows)
     judging.score_file(judge, samples, tmp_path / "scores.jsonl")
     seen = "\n".join(read)
-    for text in ("Name an animal.", "Okapi!", "A heron.", "Which plant?", "Fern."):
+    for text in ("Name an animal.", "kapi!", "A heron.", "Which plant?", "Fern."):
         assert text in seen
     for word in MARK.split():
         assert word not in seen
-    assert MARK in (tmp_path / "scores.jsonl").read_text()  # the marks were there to be seen
+    found = read_rows(tmp_path / "scores.jsonl")
+    assert MARK in str(found)  # the marks were there to be seen
+    given = [[output["score"] is not None for output in row["outputs"]] for row in found]
+    assert given == [[True, True, False], [True, True], [False, False]]
 
 
 # Pairwise
+
+
+def verdicts_by(tokenizer, verdict_of):
+    """In place of `generate`: each prompt's verdict is the text verdict_of(A's text, B's text)."""
+
+    def generate(model, prompts, *args, **kwargs):
+        made = []
+        for text in map(tokenizer.decode, prompts):
+            a, b = (text.split(f"{x}'s Answer]\n")[1].split("\n[The End")[0] for x in "AB")
+            made.append([Completion(tokenizer.encode(verdict_of(a, b)), True)])
+        return made
+
+    return generate
+
+
+def longer(a, b):
+    """The verdict of a judge that likes length; of equal lengths it names both or neither."""
+    if len(a) == len(b):
+        return "[[A]] or [[B]]" if "both" in a else "no idea"
+    return f"because. [[{'A' if len(a) > len(b) else 'B'}]]"
 
 
 def test_the_pairwise_prompt_is_the_published_one():
@@ -261,32 +290,52 @@ def test_the_pairwise_prompt_is_the_published_one():
     ]
 
 
-def test_every_ordered_pair_is_asked(pairwise):
-    responses = ["one {input}", "two", "three <R>"]
-    count, prompts = pairwise.encode("Which {response_a}?", responses)
-    assert count == 3
-    assert len(prompts) == 6
-    for prompt, (a, b) in zip(prompts, permutations(responses, 2), strict=True):
-        text = pairwise.tokenizer.decode(prompt)
-        assert "[User Question]\nWhich {response_a}?\n\n[The Start of Assistant A's" in text
-        assert f"A's Answer]\n{a}\n[The End of Assistant A's Answer]" in text
-        assert f"B's Answer]\n{b}\n[The End of Assistant B's Answer]" in text
+def test_every_ordered_pair_is_asked(pairwise, monkeypatch):
+    responses, asked = ["one {input}", "two", "three <R>"], []
+
+    def spy(model, prompts, *args, **kwargs):
+        asked.extend(map(pairwise.tokenizer.decode, prompts))
+        return [[Completion([], True)] for _ in prompts]
+
+    monkeypatch.setattr(judging, "generate", spy)
+    pairwise.score("Which {response_a}?", responses)
+    for text, (a, b) in zip(asked, permutations(responses, 2), strict=True):
+        user = judging.PAIRWISE_USER.replace("{input}", "Which {response_a}?", 1).strip()
+        first, rest = user.split("{response_a}\n[The End")
+        assert first + a + "\n[The End" + rest.replace("{response_b}", b) in text
+        assert "system<|end_header_id|>\n\n" + judging.PAIRWISE_SYSTEM in text
         assert text.endswith("<|start_header_id|>assistant<|end_header_id|>\n\n")
-        assert "system<|end_header_id|>\n\nPlease act as an impartial judge" in text
 
 
 def test_verdicts_become_elo(pairwise, monkeypatch):
-    monkeypatch.setattr(judging, "generate", longer_wins(pairwise.tokenizer))
+    monkeypatch.setattr(judging, "generate", verdicts_by(pairwise.tokenizer, longer))
+    wins = [[0.5, 0.5, 2.5], [2.5, 0.5, 2.5], [0.5, 0.5, 0.5]]  # with the prior: one won all
     assert pairwise.score("Which?", ["aa", "aaa", "a"]) == pytest.approx(
-        bradley_terry([[0.5, 0.5, 2.5], [2.5, 0.5, 2.5], [0.5, 0.5, 0.5]]), abs=1e-3
+        likeliest_scores(wins), abs=1e-3
     )
     assert pairwise.score("Which?", ["both 1", "both 2", "both 3"]) == [0, 0, 0]
     assert pairwise.score("Which?", ["alone"]) == [0]
     assert pairwise.score("Which?", []) == []
 
 
+@pytest.mark.reference
+def test_wins_are_counted_as_in_the_draft(pairwise, monkeypatch):
+    """r_mn is 1, -1 or 0 (a tie or an error); B_mn = [r_mn = 1] + [r_nm = -1]."""
+    rng, responses = np.random.default_rng(3), [f"response {i}" for i in range(5)]
+    r = rng.integers(-1, 2, (5, 5))
+    said = {1: "[[A]]", -1: "[[B]]", 0: "[[C]]"}
+
+    def verdict(a, b):
+        return said[r[responses.index(a), responses.index(b)]]
+
+    monkeypatch.setattr(judging, "generate", verdicts_by(pairwise.tokenizer, verdict))
+    B = ((r == 1).astype(int) + (r.T == -1)) * (1 - np.eye(5, dtype=int))
+    assert pairwise.score("Which?", responses) == judging.elo(B)
+    assert np.ptp(judging.elo(B)) > 10
+
+
 def test_verdicts_are_kept_with_the_outputs_places(pairwise, monkeypatch, tmp_path):
-    monkeypatch.setattr(judging, "generate", longer_wins(pairwise.tokenizer))
+    monkeypatch.setattr(judging, "generate", verdicts_by(pairwise.tokenizer, longer))
     rows = [sample_row("Which?", [None, "aa", "aaaa"]), sample_row("Other?", [None, None])]
     judging.score_file(pairwise, write_rows(tmp_path / "in", rows), tmp_path / "out")
     first, second = read_rows(tmp_path / "out")
@@ -301,58 +350,78 @@ def test_verdicts_are_kept_with_the_outputs_places(pairwise, monkeypatch, tmp_pa
     assert [output["score"] for output in second["outputs"]] == [None, None]
 
 
-def test_a_language_model_judges_and_samples_the_same_again(pairwise_folder, tmp_path):
-    rows = [sample_row("Name one.", ["An okapi.", "A heron.", "A newt."])] * 9
+def test_a_language_model_judges_the_same_again_in_one_decoder(folders, tmp_path, monkeypatch):
+    made, Decoder = [], judging.Decoder
+    monkeypatch.setattr(judging, "Decoder", lambda *args: made.append(args) or Decoder(*args))
+    animals = ["An okapi.", "A heron.", "A newt."]
+    rows = [sample_row("Name one." + "." * i, animals[: 2 + i % 2]) for i in (0, 90, 1, 40, 0)]
     samples = write_rows(tmp_path / "samples.jsonl", rows)
     options = judging.Options(verdict_tokens=5, verdict_temperature=1.0, verdict_seed=4)
     for name in ("a", "b"):
-        judge = judging.load_judge(pairwise_folder, options=options)
+        judge = judging.load_judge(folders["pairwise"], options=options)
+        judge.group = lambda count: 2
         judging.score_file(judge, samples, tmp_path / name)
+    assert len(made) == 2  # one a judge, for three groups each
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-    verdicts = [[v["text"] for v in row["verdicts"]] for row in read_rows(tmp_path / "a")]
-    assert [len(texts) for texts in verdicts] == [6] * 9
-    assert len(set(map(tuple, verdicts))) == 9  # each has its stream, in the second group too
+    first, *_, last = ([v["text"] for v in row["verdicts"]] for row in read_rows(tmp_path / "a"))
+    assert len(first) == 2
+    assert first != last  # each has its stream, in a later group too
 
 
-def test_a_pairwise_prompt_leaves_room_for_the_verdict(pairwise_folder):
-    judge = judging.load_judge(pairwise_folder, options=judging.Options(verdict_tokens=4096))
-    with pytest.raises(InputError, match=r"--verdict-tokens: found 4096, expected .* to 4095"):
-        judge.score("Which?", ["a", "b"])
-    judge = judging.load_judge(pairwise_folder, options=judging.Options(verdict_tokens=3000))
-    with pytest.raises(
-        InputError, match=r"the judge reads: found \d+ tokens, expected at most 1096"
-    ):
+def test_a_pairwise_prompt_leaves_room_for_the_verdict(folders):
+    judge = judging.load_judge(folders["pairwise"], options=judging.Options(verdict_tokens=3000))
+    with pytest.raises(InputError, match=r"found \d+ tokens, expected 4096 .*--verdict-tokens"):
         judge.score("Which?", ["a", "b"])
 
 
-def bradley_terry(wins):
-    """Elo by plain gradient ascent on the log-likelihood: independent of judge.elo."""
-    wins = np.array(wins, dtype=float)
-    np.fill_diagonal(wins, 0)
-    s = np.zeros(len(wins))
-    for _ in range(20_000):
-        chance = 1 / (1 + np.exp(s[None, :] - s[:, None]))
-        s += (wins - (wins + wins.T) * chance).sum(1) / wins.sum()
-    return (s - s.mean()) * 400 / np.log(10)
+# Elo
 
 
-def test_elo_is_the_maximum_of_the_likelihood():
-    rng = np.random.default_rng(0)
-    for k in (2, 3, 5, 8):
-        wins = rng.integers(1, 6, (k, k)) * (1 - np.eye(k, dtype=int))
-        assert judging.elo(wins) == pytest.approx(bradley_terry(wins), abs=1e-3)
-    cycle = [[0, 2, 0], [0, 0, 2], [2, 0, 0]]
-    assert judging.elo(cycle) == [0, 0, 0]
-    uneven = [[0, 3, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1], [1, 0, 0, 0]]  # every one lost, by a way
-    assert judging.elo(uneven) == pytest.approx(bradley_terry(uneven), abs=1e-3)
+def likeliest_scores(wins):
+    """Where sum of B_mn log sigmoid(e_m - e_n), the draft's likelihood, is highest: by ascent."""
+    B = torch.tensor(wins, dtype=torch.float64).fill_diagonal_(0)
+    e = torch.zeros(len(B), dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [e], max_iter=500, tolerance_grad=1e-10, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
+
+    def loss():
+        optimizer.zero_grad()
+        value = -(B * F.logsigmoid(e[:, None] - e[None])).sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    loss()
+    assert e.grad.abs().max() < 1e-7
+    points = e.detach() * 400 / math.log(10)
+    return (points - points.mean()).tolist()
 
 
+@pytest.mark.reference
+@pytest.mark.parametrize("k", [2, 3, 5, 8])
+def test_elo_is_the_maximum_of_the_drafts_likelihood(k):
+    """Random tables of few games with ties among them; a ring of wins gives each a maximum."""
+    rng = np.random.default_rng(k)
+    for _ in range(5):
+        wins = rng.integers(0, 3, (k, k)) * rng.integers(0, 2, (k, k))
+        ring = rng.permutation(k)
+        wins[ring, np.roll(ring, 1)] += 1
+        np.fill_diagonal(wins, 0)
+        assert judging.elo(wins) == pytest.approx(likeliest_scores(wins), abs=1e-3)
+        swap = rng.permutation(k)  # nobody's place matters
+        swapped = judging.elo(wins[np.ix_(swap, swap)])
+        assert swapped == pytest.approx(np.array(judging.elo(wins))[swap], abs=1e-5)
+
+
+@pytest.mark.reference
 @pytest.mark.parametrize(("a", "b"), [(1, 1), (3, 1), (1, 40), (1000, 1)])
 def test_elo_of_two_is_the_closed_form(a, b):
     half = 200 * math.log10(a / b)
     assert judging.elo([[0, a], [b, 0]]) == pytest.approx([half, -half], abs=1e-5)
 
 
+@pytest.mark.reference
 @pytest.mark.parametrize(
     "wins",
     [
@@ -362,22 +431,24 @@ def test_elo_of_two_is_the_closed_form(a, b):
         [[0, 0], [0, 0]],
     ],
 )
-def test_elo_converges_by_the_prior_where_there_is_no_maximum(wins):
+def test_elo_takes_the_prior_where_there_is_no_maximum(wins):
     with_prior = np.array(wins) + 0.5
-    assert judging.elo(wins) == pytest.approx(bradley_terry(with_prior), abs=1e-3)
+    assert judging.elo(wins) == pytest.approx(likeliest_scores(with_prior), abs=1e-3)
 
 
-def test_elo_ranks_a_sweep_of_eight():
-    wins = np.triu(np.full((8, 8), 2.0), 1)
-    found = judging.elo(wins)
+def test_elo_of_cycles_and_sweeps():
+    assert judging.elo([[0, 2, 0], [0, 0, 2], [2, 0, 0]]) == [0, 0, 0]
+    found = judging.elo(np.triu(np.full((8, 8), 2.0), 1))
     assert found == sorted(found, reverse=True)
     assert len(set(found)) == 8
     assert sum(found) == pytest.approx(0, abs=1e-4)
+    assert (judging.elo(np.zeros((0, 0))), judging.elo([[0]])) == ([], [0])
 
 
 # Length control and the pair
 
 
+@pytest.mark.reference
 def test_length_control_is_the_papers_formula():
     rng = np.random.default_rng(1)
     for k in (2, 5, 8):
@@ -392,37 +463,53 @@ def test_length_control_of_equal_values_is_zero_never_nan():
     assert control([0.1] * 3, [1, 2, 3], 0.5) == pytest.approx([0.5 * 1.5**0.5, 0, -(0.375**0.5)])
     assert control([1e-200, 2e-200], [5, 5], 1) == [0, 0]  # the square of the difference is 0
     assert control([4.0], [9], 0.5) == [0]
-    assert control([], [], 0.5) == []
 
 
-def pair_of(scores, lengths=None, finished=None, rho=0.0, **options):
-    k = len(scores)
-    return judging.choose_pair(
-        scores, lengths or list(range(k)), finished or [True] * k, rho, **options
-    )
+FEW, EQUAL, UNCUT = "fewer than two finished", "all scores equal", "no response could be cut"
 
 
-def test_the_pair_is_the_highest_and_the_lowest():
-    assert pair_of([2.0, 5.0, -1.0, 3.0]) == (1, 2)
-    assert pair_of([2.0, 5.0, 2.0, 5.0]) == (1, 0)  # ties go to the first
-    assert pair_of([1.0, 2.0, 1.5], [10, 100, 10], rho=1.0) == (2, 0)  # shorter wins
-    assert pair_of([3.0, 3.0, 3.0], [5, 9, 7], rho=0.5) == (0, 1)
-    assert pair_of([3.0, 3.0, 3.0], [5, 9, 7]) is None
-    assert pair_of([0.3, 0.7, 0.1], [30, 70, 10], rho=1.0) is None  # all 0, up to rounding
-    assert pair_of([3.0]) is None
-    assert pair_of([3.0, None, None]) is None
-    assert pair_of([None, None]) is None
-    assert pair_of([1.0, None, 2.0], [4, None, 6], rho=0.5) == (2, 0)
+@pytest.mark.parametrize(
+    ("scores", "lengths", "unfinished", "rho", "expected"),
+    [
+        ([2.0, 5.0, -1.0, 3.0], [0, 1, 2, 3], (), 0.0, (1, 2)),
+        ([2.0, 5.0, 2.0, 5.0], [0, 1, 2, 3], (), 0.0, (1, 0)),  # ties go to the first
+        ([1.0, 2.0, 1.5], [10, 100, 10], (), 1.0, (2, 0)),  # shorter wins
+        ([3.0, 3.0, 3.0], [5, 9, 7], (), 0.5, (0, 1)),
+        ([3.0, 3.0, 3.0], [5, 9, 7], (), 0.0, EQUAL),
+        ([0.3, 0.7, 0.1], [30, 70, 10], (), 1.0, EQUAL),  # all 0, up to rounding
+        ([3.0], [1], (), 0.0, FEW),
+        ([None, None], [0, 0], (), 0.0, UNCUT),
+        ([], [], (), 0.0, UNCUT),
+        ([1.0, None, 2.0], [4, 0, 6], (), 0.0, (2, 1)),  # what cannot be cut is rejected
+        ([1.0, None, 2.0], [4, 0, 6], (), 9.0, (0, 1)),
+        ([3.0, None, None], [1, 0, 0], (), 0.0, (0, 1)),  # one that finished, one that failed
+        ([3.0, 9.0], [1, 1], (1,), 0.0, (0, 1)),  # what ran into the limit has failed
+        ([9.0, 1.0, -9.0, None, 2.0], [1] * 5, (0, 2), 0.0, (4, 0)),  # the first that failed
+        ([None, 1.0, 1.0], [0, 1, 1], (), 0.0, (1, 0)),
+        ([9.0, 8.0], [1, 1], (0, 1), 0.0, FEW),  # nothing to choose
+        ([None, 8.0], [0, 1], (1,), 0.0, FEW),
+    ],
+)
+def test_the_pair(scores, lengths, unfinished, rho, expected):
+    finished = [i not in unfinished for i in range(len(scores))]
+    assert judging.choose_pair(scores, lengths, finished, rho) == expected
 
 
-def test_an_output_that_failed_is_not_in_the_pair():
-    scores, finished = [9.0, 1.0, -9.0, None, 2.0], [False, True, False, True, True]
-    assert pair_of(scores, finished=finished) == (4, 1)
-    assert pair_of(scores, finished=finished, reject_failed=True) == (4, 0)
-    assert pair_of([None, 1.0, 1.0], reject_failed=True) == (1, 0)
-    assert pair_of([2.0, 1.0, 1.5], reject_failed=True) == (0, 1)
-    assert pair_of([None, 1.0], reject_failed=True) is None
-    assert pair_of(scores, finished=[False] * 4 + [True]) is None
+@pytest.mark.parametrize(
+    ("scores", "unfinished", "expected"),
+    [
+        ([1.0, None, 2.0], (), (2, 0)),
+        ([9.0, 1.0, -9.0, None, 2.0], (0, 2), (4, 1)),
+        ([3.0, None, None], (), FEW),
+        ([3.0, 9.0], (1,), FEW),
+        ([None, 1.0, 1.0], (), EQUAL),
+        ([None, None], (), UNCUT),
+    ],
+)
+def test_the_pair_without_the_outputs_that_failed(scores, unfinished, expected):
+    finished = [i not in unfinished for i in range(len(scores))]
+    lengths = [1] * len(scores)
+    assert judging.choose_pair(scores, lengths, finished, 0.0, reject_failed=False) == expected
 
 
 def test_full_length_control_frees_the_pairs_of_length():
@@ -439,79 +526,168 @@ def test_full_length_control_frees_the_pairs_of_length():
     assert abs(np.mean(differences[1.0]) - 0.5) < 0.04
 
 
-def test_rows_of_pairs(folders, tmp_path, capsys):
-    row = sample_row("Which?", ["aa", "bbbb", None, "c"], category="trees", answer="b")
-    for output, score in zip(row["outputs"], [1.0, 3.0, None, 2.0], strict=True):
-        output["score"] = score
-    equal = sample_row("Equal?", ["a", "b"])
-    for output in equal["outputs"]:
-        output["score"] = 1.0
-    (pair,) = judging.build_pairs([row | {"verdicts": []}, equal], 0.0, None)
-    assert pair == {
+def draw_rankings(liking, count=60, seed=5):
+    """(scores, lengths, finished) of random rows, some failed; scores like length this much."""
+    rng, rankings = np.random.default_rng(seed), []
+    for _ in range(count):
+        lengths = rng.lognormal(4, 0.5, 6).round()
+        scores = (liking * lengths / 50 + rng.normal(size=6)).tolist()
+        if rng.random() < 0.2:
+            scores[rng.integers(6)] = None
+        rankings.append((scores, lengths.tolist(), (rng.random(6) < 0.95).tolist()))
+    return rankings
+
+
+def row_of_ranking(ranking):
+    scores, lengths, finished = ranking
+    failed = [i for i, ended in enumerate(finished) if not ended]
+    return score_row(scores, map(int, lengths), failed)
+
+
+def mean_lengths(rankings, rho):
+    """(chosen, rejected) over the pairs in which both have a response."""
+    both = []
+    for scores, lengths, finished in rankings:
+        pair = judging.choose_pair(scores, lengths, finished, rho)
+        if all(scores[i] is not None and finished[i] for i in pair):
+            both.append([lengths[i] for i in pair])
+    return np.mean(both, axis=0)
+
+
+def test_pair_statistics():
+    rankings = [
+        ([1.0, 3.0, 2.0], [10, 30, 20], [True] * 3),
+        ([5.0, 4.0], [8, 6], [True, True]),
+        ([5.0, None], [100, 0], [True, True]),  # no length to compare
+        ([5.0, 9.0], [100, 9], [True, False]),
+        ([1.0, 1.0], [3, 3], [True, True]),
+        ([None], [0], [True]),
+        ([1.0], [2], [True]),
+    ]
+    assert judging.pair_statistics(rankings, 0.0) == {
+        "rho": 0.0,
+        "pairs": 4,
+        "chosen_tokens": 19,
+        "rejected_tokens": 8,
+        "chosen_score": 4,
+        "rejected_score": 2.5,
+        "failed": 0.5,
+        "no_pair": {EQUAL: 1, UNCUT: 1, FEW: 1},
+    }
+    kept = judging.pair_statistics(rankings, 0.0, reject_failed=False)
+    assert (kept["pairs"], kept["failed"], kept["no_pair"][FEW]) == (2, 0, 3)
+    none = judging.pair_statistics(rankings[-1:], 0.0)
+    assert (none["pairs"], none["failed"]) == (0, 0)
+
+
+@pytest.mark.parametrize("liking", [-0.5, 0.0, 0.2, 0.4, 0.6, 5.0])
+def test_rho_is_the_smallest_that_makes_the_chosen_no_longer(tmp_path, capsys, liking):
+    rankings = draw_rankings(liking)
+    scores = write_rows(tmp_path / "scores", map(row_of_ranking, rankings))
+    made = judging.write_pairs(scores, tmp_path / "pairs", "auto")
+    table = made["rhos"]
+    assert [row["rho"] for row in table] == pytest.approx(np.linspace(0, 0.5, 11))
+    means = [mean_lengths(rankings, row["rho"]) for row in table]
+    for row, (chosen, rejected) in zip(table, means, strict=True):
+        assert row["chosen_tokens"] == pytest.approx(chosen)
+        assert row["rejected_tokens"] == pytest.approx(rejected)
+    fits = [row["rho"] for row, (c, r) in zip(table, means, strict=True) if c <= r]
+    assert made["rho"] == min(fits, default=0.5)
+    assert ("warning: with no rho" in capsys.readouterr().err) == (not fits)
+    if liking in (-0.5, 5.0):
+        assert made["rho"] == (0 if liking < 0 else 0.5)
+
+
+def test_rows_of_pairs():
+    row = score_row([1.0, 3.0, 2.0], [2, 4, 1]) | {"category": "trees", "answer": "b"}
+    equal, failed = score_row([1.0, 1.0], [1, 1]), score_row([None, 0.5], [0, 3])
+    first, second = judging.build_pairs([row | {"verdicts": []}, equal, failed], 0.0)
+    assert first == {
         "instruction": "Which?",
         "prompt": "<user>Which?<assistant>",
         "prompt_ids": [1, 2],
         "category": "trees",
         "answer": "b",
-        "chosen": f"{MARK} <R> bbbb",
-        "rejected": f"{MARK} <R> aa",
+        "chosen": f"{MARK} <R> xxxx",
+        "rejected": f"{MARK} <R> xx",
         "chosen_ids": [1, 7, 7],
         "rejected_ids": [0, 7, 7],
         "chosen_score": 3.0,
         "rejected_score": 1.0,
     }
-    assert capsys.readouterr().err == ""
+    assert (second["chosen_ids"], second["rejected_ids"]) == ([1, 7, 7], [0, 7, 7])
+    assert (second["chosen_score"], second["rejected_score"]) == (0.5, None)
+    assert len(list(judging.build_pairs([row, equal, failed], 0.0, reject_failed=False))) == 1
 
 
-def test_a_foreign_file_has_its_lengths_counted(folders, capsys):
-    foreign = sample_row("Which?", ["aaaaaaaa", "b", "cc"])
-    for output, score in zip(foreign["outputs"], [1.1, 1.0, 1.0], strict=True):
-        output["score"] = score
+def test_a_foreign_file_has_its_characters_counted():
+    foreign = score_row([1.1, 1.0, 1.0], [8, 1, 2])
+    for output in foreign["outputs"]:
         for name in ("text", "thought_tokens", "response_tokens"):
             del output[name]
     foreign["outputs"][1]["thought"] = ""
     del foreign["prompt_text"]
-    pairs = list(judging.build_pairs([foreign] * 2, 5.0, load_tokenizer(folders["one label"])))
-    assert [(p["prompt"], p["chosen"], p["rejected"]) for p in pairs] == [
-        ("Which?", "b", f"{MARK}\n\naaaaaaaa")
-    ] * 2
-    assert capsys.readouterr().err.count("counted the judge's tokens") == 1
+    assert judging.ranking_of(foreign)[1] == [8, 1, 2]
+    (pair,) = judging.build_pairs([foreign], 5.0)
+    texts = (pair["prompt"], pair["chosen"], pair["rejected"])
+    assert texts == ("Which?", "x", f"{MARK}\n\nxxxxxxxx")
+
+
+def test_pairs_are_written_with_the_rho_asked_for(tmp_path):
+    rows = [row_of_ranking(ranking) for ranking in draw_rankings(0.4)]
+    scores = write_rows(tmp_path / "scores", rows)
+    rankings = [judging.ranking_of(row) for row in rows]
+    for rho in ("auto", "0.25", 0.25):
+        found = judging.write_pairs(scores, tmp_path / "pairs", rho)
+        table = found.pop("rhos")
+        assert found == judging.pair_statistics(rankings, found["rho"])
+        pairs = list(judging.build_pairs(rows, found["rho"]))
+        assert read_rows(tmp_path / "pairs") == pairs and len(pairs) == found["pairs"]
+        if rho == "auto":
+            assert found in table and found["rho"] not in (0, 0.25)
+        else:
+            assert table == [found] and found["rho"] == 0.25
 
 
 # Win rates
 
 
 class Lengths:
-    """A judge that scores by length, and keeps what it was given."""
+    """A judge that scores by length, and keeps how many instructions it was given at once."""
 
-    key = {"judge": "lengths"}  # noqa: RUF012
-
-    def __init__(self):
-        self.sizes = []
+    def __init__(self, stop_at=None):
+        self.sizes, self.options, self.stop_at = [], judging.Options(), stop_at
 
     def group(self, count):
         return 3
 
-    def encode(self, instruction, responses):
-        return list(responses)
-
-    def run(self, items, first):
+    def run(self, items, name):
+        if name == self.stop_at:
+            raise KeyboardInterrupt
         self.sizes.append(len(items))
-        return [{"scores": [float(len(text)) for text in texts]} for texts in items]
+        return [{"scores": [float(len(text)) for text in texts]} for _, texts in items]
 
 
-def test_win_rate_counts_a_tie_half():
-    judge = Lengths()
+def test_win_rate_counts_a_tie_half(tmp_path):
     ours = ["aaa", "a", "aa", None, None, "a", "aaaa"]
     theirs = ["aa", "aa", "aa", "a", None, None, "aaa"]
-    rate, low, high = judging.win_rate(judge, list("ABCDEFG"), ours, theirs)
+    scores = [[y and float(len(y)) for y in texts] for texts in (ours, theirs)]
+    rate, low, high = judging.win_rate(*scores)
     assert rate == pytest.approx((3 + 0.5 * 2) / 7)
     assert 0 < low < rate < high < 1
+    files = []
+    for name, texts in (("ours", ours), ("theirs", theirs)):
+        rows = [sample_row(x, [y, "x" * 99]) for x, y in zip("ABCDEFG", texts, strict=True)]
+        files.append(write_rows(tmp_path / name, rows))
+    judge = Lengths()
+    assert judging.compare_files(judge, *files) == (rate, low, high)  # of first outputs
     assert judge.sizes == [3, 3, 1]
-    with pytest.raises(InputError, match="no instruction"):
-        judging.win_rate(judge, [], [], [])
+    other = write_rows(tmp_path / "other", [sample_row(x, ["a"]) for x in "ABCDEFH"])
+    with pytest.raises(InputError, match=r"other: found other instructions, expected those of"):
+        judging.compare_files(judge, files[0], other)
 
 
+@pytest.mark.reference
 @pytest.mark.parametrize(
     ("wins", "n", "low", "high"),
     # Wilson's interval as published in tables (e.g. R's prop.test without correction).
@@ -523,8 +699,7 @@ def test_win_rate_counts_a_tie_half():
     ],
 )
 def test_win_rate_interval(wins, n, low, high):
-    ours = [1.0] * wins + [0.0] * (n - wins)
-    found = judging.win_rate_of_scores(ours, [0.5] * n)
+    found = judging.win_rate([1.0] * wins + [0.0] * (n - wins), [0.5] * n)
     assert found == pytest.approx((wins / n, low, high), abs=6e-5)
 
 
@@ -546,105 +721,121 @@ def test_command_line_scores_and_pairs(run_judge, folders, tmp_path):
     samples = write_rows(tmp_path / "samples.jsonl", rows)
     scores, pairs = tmp_path / "scores.jsonl", tmp_path / "pairs.jsonl"
     base = ("--judge", folders["ArmoRM"], "--samples")
-    out = run_judge(*base, samples, "--output", scores, "--pairs", pairs, "--explain")
+    out = run_judge(*base, samples, "--output", scores, "--pairs", pairs, "--rho", "auto")
+    assert "4 pairs" in out and f"1 none: {FEW}" in out
     found = read_rows(scores)
     for row, before, theirs in zip(found, rows, THEIRS["ArmoRM"], strict=True):
-        assert [o["score"] for o in row["outputs"]] == pytest.approx(
+        assert [output.pop("score") for output in row["outputs"]] == pytest.approx(
             [parts[0] for parts in theirs], rel=2e-4
         )
-        for output in row["outputs"]:
-            del output["score"]
         assert row == before  # all that was there is carried along
     made = read_rows(pairs)
     assert [pair["instruction"] for pair in made] == [x for x, y in tiny_judges.cases() if y[1:]]
-    assert out.count("objective 4") == sum(len(y) for _, y in tiny_judges.cases())
-    assert f"{samples}:5 outputs[0] score {THEIRS['ArmoRM'][4][0][0]:.4f}" in out
-    run_judge(*base, scores, "--pairs", tmp_path / "other")
+    run_judge(*base, scores, "--pairs", tmp_path / "other", "--rho", "auto")
     assert read_rows(tmp_path / "other") == made
     assert "win rate 50.0%, 95% interval" in run_judge(*base, samples, "--against", samples)
-    long = write_rows(tmp_path / "long", [sample_row("Hi", [tiny_judges.words(2500, 5)])])
-    with pytest.raises(InputError, match=r"instruction 1: what the judge reads: .* at most 2048"):
-        run_judge(*base, long, "--against", long)
-    nothing = write_rows(tmp_path / "nothing", [sample_row("x", [None, None])] * 2)
-    empty = write_rows(tmp_path / "empty", [])
-    for file in (nothing, empty):
-        with pytest.raises(InputError, match="found no response, expected some to judge"):
-            run_judge("--judge", folders["ArmoRM"], "--samples", file, "--output", tmp_path / "a")
-    for wrong, message in {
-        ("--output", scores): "scores.jsonl: already exists",
-        ("--output", tmp_path / "a", "--rho", "nan"): "--rho: found nan",
-        ("--output", tmp_path / "a", "--verdict-top-p", "0"): "--verdict-top-p: found 0",
-        ("--pairs", tmp_path / "a"): r"outputs\[0\]: score: found nothing",
-    }.items():
-        with pytest.raises(InputError, match=message):
-            run_judge(*base, samples, *wrong)
-    assert not (tmp_path / "a").exists()
 
 
-def test_main_ends_in_one_line(folders, tmp_path):
-    command = [sys.executable, judging.__file__, "--judge", str(folders["one label"])]
-    command += ["--samples", str(tmp_path / "none"), "--output", str(tmp_path / "scores")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr == f"judge.py: error: {tmp_path / 'none'}: no such file\n"
+REFUSED = {  # words of the command line, with {} the test's folder: the message
+    "--output {}/scores": "scores: found a file",
+    "--pairs {}/none/pairs": "pairs: found a file or no folder",
+    "": "found nothing to do",
+    "--output {}/a --rho nan": "--rho: found nan",
+    "--output {}/a --rho -1": "--rho: found -1",
+    "--output {}/a --rho some": "--rho: found some",
+    "--output {}/a --verdict-top-p 0": "--verdict-top-p: found 0",
+    "--output {}/a --verdict-temperature nan": "--verdict-temperature: found nan",
+    "--output {}/a --verdict-tokens 0": "--verdict-tokens: found 0",
+    "--output {}/a --device tpu9": "--device tpu9",
+    "--output {}/a --dtype int8": "--dtype",
+    "--output {}/a --samples {}/none": "none",
+    "--output {}/a --samples {}/empty": "empty: found no response, expected some to judge",
+    "--output {}/a --samples {}/uncut": "uncut: found no response, expected some to judge",
+    "--output {}/a --judge {}": "config.json",
+    "--pairs {}/a": r"samples:1: outputs\[0\]: found no \['score'\]",
+    "--against {}/long --samples {}/long": r"long:1.* what the judge reads: .* 2048 at most",
+}
+
+
+@pytest.mark.parametrize("line", REFUSED)
+def test_commands_refused(run_judge, folders, tmp_path, line):
+    samples = write_rows(tmp_path / "samples", [sample_row("x", ["a", "b"])])
+    write_rows(tmp_path / "empty", [])
+    write_rows(tmp_path / "uncut", [sample_row("x", [None, None])] * 2)
+    write_rows(tmp_path / "long", [sample_row("Hi", [words(2500, 5)])])
+    write_rows(tmp_path / "scores", [])
+    before = sorted(tmp_path.iterdir())
+    base = ("--judge", folders["ArmoRM"], "--samples", samples)
+    with pytest.raises((InputError, OSError), match=REFUSED[line]):
+        run_judge(*base, *line.replace("{}", str(tmp_path)).split())
+    assert sorted(tmp_path.iterdir()) == before
+
+
+GOOD = sample_row("x", ["a", "b"])
 
 
 @pytest.mark.parametrize(
-    ("rows", "message"),
+    ("row", "message"),
     [
-        ([{"instruction": "x", "prompt_ids": []}], ":1: outputs: found nothing"),
-        ([sample_row("x", [])], ":1: outputs: found none"),
-        ([sample_row("x", ["a"]), {"instruction": 3}], ":2: instruction: found 3"),
-        (
-            [{**sample_row("x", ["a"]), "outputs": ["a"]}],
-            r":1: outputs\[0\]: found 'a', expected a JSON object",
-        ),
-        (
-            [{**sample_row("x", ["a"]), "outputs": [{"ids": [1], "thought": "", "response": "a"}]}],
-            r":1: outputs\[0\]: finished: found nothing, expected bool",
-        ),
-        (
-            [sample_row("x", ["a" * 30]), sample_row("y", ["b" * 2100])],
-            r":2: what the judge reads: found 2\d+ tokens",
-        ),
+        ({"instruction": "x", "prompt_ids": []}, r"found no \['outputs'\]"),
+        (GOOD | {"outputs": [{"ids": [1], "thought": "", "response": "a"}]}, ".*finished"),
+        (sample_row("y", ["b" * 2100]), r"what the judge reads: found 2\d+ tokens"),
     ],
 )
-def test_bad_samples_are_refused(folders, tmp_path, rows, message):
-    samples = write_rows(tmp_path / "samples.jsonl", rows)
-    with pytest.raises(InputError, match=r"samples\.jsonl.*" + message):
-        judging.score_file(
-            judging.load_judge(folders["one label"]), samples, tmp_path / "scores.jsonl"
-        )
-    assert not (tmp_path / "scores.jsonl").exists()
+def test_bad_samples_are_refused_by_line(folders, tmp_path, row, message):
+    samples = write_rows(tmp_path / "samples", [GOOD, row])
+    judge = judging.load_judge(folders["one label"])
+    judge.group = lambda count: 1
+    with pytest.raises(InputError, match=rf"samples:2.*: {message}"):
+        judging.score_file(judge, samples, tmp_path / "scores")
+    assert not (tmp_path / "scores").exists()
 
 
-def test_bad_scores_are_refused(tmp_path):
-    row = sample_row("x", ["a", "b"])
-    samples = write_rows(tmp_path / "scores.jsonl", [row])
-    with pytest.raises(InputError, match=r":1: outputs\[0\]: score: found nothing"):
-        list(judging.read_samples(samples, scored=True))
-    for output in row["outputs"]:
-        output["score"] = math.nan
-    with pytest.raises(InputError, match=r":1: outputs\[0\]: score: found nan, expected a number"):
-        list(judging.read_samples(write_rows(samples, [row]), scored=True))
+@pytest.mark.parametrize("score", [math.nan, math.inf])
+def test_bad_scores_are_refused_by_line(tmp_path, score):
+    row = score_row([1.0, 2.0], [1, 2])
+    row["outputs"][1]["score"] = score
+    scores = write_rows(tmp_path / "scores", [row])
+    with pytest.raises(InputError, match=r"scores:1: outputs\[1\].*score"):
+        judging.write_pairs(scores, tmp_path / "pairs", 0.5)
+
+
+def test_files_changed_at_random_are_read_or_refused(tmp_path):
+    """Bytes cut, changed or put in: no other end than pairs or an InputError."""
+    scores = write_rows(tmp_path / "scores", [score_row([1.0, 2.0, None], [5, 9, 0])] * 2)
+    whole, refused = scores.read_bytes(), set()
+    for number in range(300):
+        rng = random.Random(number)
+        data, i = bytearray(whole), rng.randrange(len(whole))
+        cuts = [i, min(i + rng.choice([0, 1, 4, 99]), len(whole))]
+        data[slice(*cuts)] = rng.choice([b"", b"\xff", b'"', b"{", b"]", b"\n", b"\\ud800", b"-"])
+        scores.write_bytes(data)
+        try:
+            judging.write_pairs(scores, tmp_path / "pairs", 0.25)
+        except InputError as error:
+            refused.add(str(error)[-30:])
+        except BaseException:
+            print(f"case {number}: {bytes(data)!r}")
+            raise
+    assert len(refused) > 3
 
 
 def test_judging_goes_on_after_the_last_whole_group(tmp_path):
     rows = [sample_row(f"x{i}", ["a" * (i % 4), None, "b" * i]) for i in range(10)]
     samples = write_rows(tmp_path / "samples.jsonl", rows)
     judging.score_file(Lengths(), samples, tmp_path / "whole.jsonl")
-
-    class Stopping(Lengths):
-        def run(self, items, first):
-            if first == 6:
-                raise KeyboardInterrupt
-            return super().run(items, first)
-
-    scores = tmp_path / "scores.jsonl"
+    scores, judge = tmp_path / "scores.jsonl", Lengths()
     with pytest.raises(KeyboardInterrupt):
-        judging.score_file(Stopping(), samples, scores)
+        judging.score_file(Lengths(stop_at=6), samples, scores)
     assert not scores.exists()
-    judge = Lengths()
+    (partial,) = tmp_path.glob("scores.jsonl.*.partial")
+    with open(partial, "ab") as file:  # of a kill in the midst of a group
+        file.write(b'{"instruction": "x6"}\n{"instr')
+    with pytest.raises(KeyboardInterrupt):  # other options do not take these rows
+        other = Lengths(stop_at=0)
+        other.options.verdict_seed = 1
+        judging.score_file(other, samples, scores)
     judging.score_file(judge, samples, scores)
     assert judge.sizes == [3, 1]
     assert scores.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    judging.score_file(Lengths(stop_at=0), samples, scores)  # nothing left to do

@@ -1,14 +1,21 @@
-"""model.py against what transformers computed (tests/fixtures), and against itself in other shapes.
+"""model.py against what transformers computed (tests/fixtures), against itself in other shapes,
+and against files that cannot be used, chosen and drawn at random.
 
-python -m pytest tests/test_model.py
+    python -m pytest tests/test_model.py
+    FUZZ_CASES=20000 FUZZ_SEED=1 python -m pytest tests/test_model.py -k changed
 """
 
-import argparse
 import dataclasses
 import json
+import os
+import random
 import shutil
-import time
+import struct
+import subprocess
+import sys
 from datetime import datetime
+
+import model as lm
 
 import numpy as np
 import pytest
@@ -16,22 +23,28 @@ import torch
 from conftest import (
     FIXTURES,
     LLAMA,
-    LLAMA_TEMPLATE,
+    LLAMA_SPECIAL,
+    byte_tokenizer,
     tensor_shapes,
     write_checkpoint,
     write_tokenizer,
 )
 from safetensors import safe_open
-
-import model
+from safetensors.torch import load_file, save_file
 
 CASES = json.loads((FIXTURES / "checkpoints.json").read_text())
 CHATS = json.loads((FIXTURES / "chats.json").read_text())
+NARROW = [torch.bfloat16, torch.float16]
 
 
 @pytest.fixture(scope="module")
 def logits():
     return np.load(FIXTURES / "logits.npz")
+
+
+@pytest.fixture
+def ours(tiny):
+    return lm.load_model(tiny)
 
 
 def build(case, folder):
@@ -43,179 +56,185 @@ def relative(a, b):
     return ((a - b).abs().max() / b.abs().max()).item()
 
 
+def gradients(module, loss):
+    module.zero_grad()
+    loss.backward()
+    return [p.grad.clone() for p in module.parameters() if p.grad is not None]
+
+
 # Logits
 
 
+@pytest.mark.reference
 @pytest.mark.parametrize("name", CASES)
 def test_logits_are_those_of_transformers(name, logits, tmp_path):
+    """Families, rotary scalings beyond the original context, biases, shards, stored dtypes."""
     tokens, kept = torch.from_numpy(logits["tokens"]), logits["kept"]
     original = CASES[name]["config"].get("rope_scaling", {}).get("original_max_position_embeddings")
     assert kept[-1] > (original or 32)
-    ours = model.load_model(build(CASES[name], tmp_path))
+    ours = lm.load_model(build(CASES[name], tmp_path))
     with torch.no_grad():
         out = ours(tokens)
     assert out.shape == (2, 96, 97) and not ours.training
     assert relative(out[:, kept], torch.from_numpy(logits[name])) < 2e-5
 
 
-def test_right_padding_leaves_the_row_alone(tiny):
-    ours = model.load_model(tiny)
+def test_right_padding_leaves_the_row_alone(ours):
     rows = torch.randint(0, 264, (2, 31), generator=torch.Generator().manual_seed(1))
-    alone = ours(rows[:1, :17])
-    assert relative(ours(rows)[:1, :17], alone) < 1e-5
+    assert relative(ours(rows)[:1, :17], ours(rows[:1, :17])) < 1e-5
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_narrow_dtypes_stay_near_float32(dtype, tiny):
-    tokens = torch.arange(3, 60)[None]
+@pytest.mark.parametrize("dtype", NARROW)
+def test_narrow_weights_stay_near_float32(dtype, ours, tiny):
+    tokens, narrow = torch.arange(3, 60)[None], lm.load_model(tiny, dtype=dtype)
+    assert {p.dtype for p in narrow.parameters()} == {dtype}
     with torch.no_grad():
-        wide = model.load_model(tiny)(tokens)
-        narrow = model.load_model(tiny, dtype=model.DTYPES[dtype])(tokens)
-    assert narrow.dtype == model.DTYPES[dtype]
-    assert 0 < relative(narrow.float(), wide) < 0.1
+        out = narrow(tokens)
+        assert out.dtype == torch.float32 and 0 < relative(out, ours(tokens)) < 0.1
+        assert ours.double()(tokens).dtype == torch.float64
 
 
 def test_positions_of_bfloat16_are_exact(tmp_path):
     """Angles in bfloat16 would be off by radians at this length; float32's are off by 1e-4."""
     folder = write_checkpoint(tmp_path, LLAMA | {"max_position_embeddings": 4096})
-    trunk = model.load_model(folder, dtype=torch.bfloat16).model
+    trunk = lm.load_model(folder, dtype=torch.bfloat16).model
     tokens = torch.tensor([[5, 9, 5, 9]])
     near, far = torch.arange(4)[None], torch.arange(4000, 4004)[None]
     # Attention sees only distances, so a shift of all positions changes rounding alone.
     assert relative(trunk(tokens, far).float(), trunk(tokens, near).float()) < 0.05
 
 
-# Packing, cache, checkpointing: other ways through the same transformer
+class OnGpu(torch.Tensor):
+    """A tensor of the CPU that says it is a GPU's."""
+
+    is_cuda = True
 
 
-def test_packed_rows_equal_separate_forwards(tiny):
-    ours = model.load_model(tiny)
-    rng = np.random.default_rng(3)
-    prompt, other = rng.integers(0, 264, 13).tolist(), rng.integers(0, 264, 1).tolist()
-    tails = [rng.integers(0, 264, n).tolist() for n in (7, 1, 20)]
-    trees = [(prompt, tails), (other, []), ([], [tails[2]]), (other, [[], tails[0]])]
-    tokens, positions, attend, offsets = model.pack(trees)
-    assert tokens.shape == positions.shape == (1, 13 + 28 + 1 + 20 + 1 + 7)
-    with torch.no_grad():
-        packed = ours.model(tokens, positions, attend)[0]
-        for (prompt, tails), (start, starts) in zip(trees, offsets, strict=True):
-            for tail, at in zip(tails, starts, strict=True):
-                alone = ours.model(torch.tensor([prompt + tail]))[0]
-                if prompt:
-                    row = packed[start : start + len(prompt)]
-                    assert relative(row, alone[: len(prompt)]) < 1e-5
-                if tail:
-                    assert relative(packed[at : at + len(tail)], alone[len(prompt) :]) < 1e-5
+@pytest.mark.reference
+@pytest.mark.parametrize("dtype", NARROW)
+def test_logits_of_a_gpu_are_not_rounded(dtype, monkeypatch):
+    """Its way through logits_of, with its product made of two wide ones, against float64."""
 
+    def mm(a, b, out_dtype):
+        assert a.dtype == b.dtype == dtype
+        return a.to(out_dtype) @ b.to(out_dtype)
 
-def test_gradients_through_a_packed_row(tiny):
-    ours = model.load_model(tiny)
-    trees = [([1, 2, 3], [[4, 5], [6]]), ([7], [[8, 9, 10], [11, 12, 13, 14]])]
-
-    def gradients(loss):
-        ours.zero_grad()
-        loss.backward()
-        return [p.grad.clone() for p in ours.model.parameters()]
-
-    tokens, positions, attend, offsets = model.pack(trees)
-    hidden = ours.model(tokens, positions, attend)[0]
-    packed = sum(hidden[at].square().sum() for _, starts in offsets for at in starts)
-    separate = sum(
-        ours.model(torch.tensor([prompt + tail]))[0, len(prompt)].square().sum()
-        for prompt, tails in trees
-        for tail in tails
+    monkeypatch.setattr(torch, "mm", mm)
+    draws = torch.Generator().manual_seed(3)
+    hidden, head, grad = (
+        torch.randn(size, generator=draws).to(dtype) for size in ((9, 64), (50, 64), (9, 50))
     )
-    for a, b in zip(gradients(packed), gradients(separate), strict=True):
-        assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+    wide = hidden.double() @ head.double().T
+    for given in (grad.float(), torch.randn(9, 50, generator=draws)):  # in dtype exact, and not
+        x, w = (t.clone().requires_grad_() for t in (hidden, head))
+        w.grad_dtype = torch.float32  # as training asks for
+        out = lm.logits_of(x.as_subclass(OnGpu), w)
+        assert out.dtype == torch.float32 and relative(out.double(), wide) < 1e-6
+        out.backward(given)
+        assert x.grad.dtype == dtype and w.grad.dtype == torch.float32
+        eps = torch.finfo(dtype).eps
+        assert relative(x.grad.double(), given.double() @ head.double()) < 2 * eps
+        exact = torch.equal(given, grad.float())  # then nothing of the head's gradient is rounded
+        bound = 1e-6 if exact else eps
+        assert relative(w.grad.double(), given.double().T @ hidden.double()) < bound
+    rounded = lm.logits_of(hidden, head)  # the CPU's way, as transformers'
+    assert rounded.dtype == torch.float32 and relative(rounded.double(), wide) > 1e-4
+    assert torch.equal(rounded, rounded.to(dtype).float())
 
 
-def test_cache_steps_equal_the_full_forward(tiny):
-    """Rows at unequal positions, in a cache with a slot to spare; one row moves to another slot."""
-    ours = model.load_model(tiny)
-    rows = [torch.arange(3, 3 + n) % 264 for n in (1, 9, 24)]
-    start, length = [1, 4, 15], 25
-    cache = model.KVCache(ours.config, 4, length, torch.device("cpu"), torch.float32)
+# Packing, cache, recomputing: other ways through the same transformer
+
+
+def pieces_of(seed=3):
+    """(ids, prefix): two tails of a prompt, one of another prompt, and two that stand alone."""
+    rng = np.random.default_rng(seed)
+    sizes = [(13, None), (7, 0), (1, 0), (1, None), (20, None), (7, 3), (2, None)]
+    return [(rng.integers(0, 264, n).tolist(), prefix) for n, prefix in sizes]
+
+
+def test_packed_rows_equal_separate_forwards(ours):
+    """Every piece sees its prefix and itself; hidden states and gradients of all weights."""
+    pieces = pieces_of()
+    tokens, positions, attend = lm.pack(pieces)
+    assert tokens.shape == positions.shape == (1, sum(len(ids) for ids, _ in pieces))
+    packed = ours.model(tokens, positions, attend)[0]
+    alone = []
+    for ids, prefix in pieces:
+        before = [] if prefix is None else pieces[prefix][0]
+        alone.append(ours.model(torch.tensor([before + ids]))[0, len(before) :])
+    alone = torch.cat(alone)
+    assert relative(packed, alone) < 1e-5
+    found, expected = (gradients(ours.model, x.pow(3).sum()) for x in (packed, alone))
+    for a, b in zip(found, expected, strict=True):
+        assert (a - b).abs().max() <= 1e-5 * b.abs().max() and b.abs().max() > 0
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_cache_steps_equal_the_full_forward(parts, ours, memory_order):
+    """Rows at unequal positions, in a cache with a slot to spare.
+
+    Half-way the slots are sorted by length; where a row ends, the last slot's row takes its slot.
+    """
+    draws = torch.Generator().manual_seed(7)
+    rows = [torch.randint(0, 264, (n,), generator=draws) for n in (30, 4, 24, 12, 18)]
+    at, slots = [15, 1, 20, 4, 9], [0, 1, 2, 3, 4]  # tokens seen of each row; the slots' rows
+    cache, steps = lm.KVCache(ours.config, 6, 30, torch.device("cpu"), torch.float32), 0
     with torch.no_grad():
         full = [ours(row[None])[0] for row in rows]
-        for slot, (row, n) in enumerate(zip(rows, start, strict=True)):
+        for slot in slots:
             held = []
 
-            def keep(layer, q, k, v, places, held=held):
+            def keep(layer, q, k, v, held=held):
                 held.append((k[0], v[0]))
-                return model.causal_attention(layer, q, k, v, places)
+                return lm.causal_attention(layer, q, k, v)
 
-            ours.model(row[None, :n], attend=keep)
+            ours.model(rows[slot][None, : at[slot]], attend=keep)
             cache.write(slot, *(torch.stack(part) for part in zip(*held, strict=True)))
-        slots, at = [0, 1, 2], list(start)
-        for _ in range(9):
-            if at[slots[0]] == len(rows[slots[0]]):  # the first row is at its end: its slot goes
-                slots = [slots[-1], *slots[1:-1]]  # to the last row
-                cache.move(len(slots), 0, at[slots[0]])
+        while slots:
+            if steps == 6:
+                order = sorted(range(len(slots)), key=lambda slot: at[slots[slot]])
+                assert order != sorted(order)
+                cache.reorder(order)
+                slots = [slots[i] for i in order]
             tokens = torch.tensor([[rows[i][at[i]]] for i in slots])
-            positions = torch.tensor([at[i] for i in slots])
-            attend = cache.step(positions, int(positions.max()) + 1)
-            hidden = ours.model(tokens, positions[:, None], attend)
-            out = torch.nn.functional.linear(hidden, ours.head)[:, 0]
-            for i, row in zip(slots, out, strict=True):
+            positions = [at[i] for i in slots]
+            size = -(-len(slots) // min(parts, len(slots)))
+            chunks = [positions[i : i + size] for i in range(0, len(slots), size)]
+            attend = cache.step(torch.tensor(positions), [max(part) + 1 for part in chunks])
+            hidden = ours.model(tokens, torch.tensor(positions)[:, None], attend)[:, 0]
+            for i, row in zip(slots, lm.logits_of(hidden, ours.head), strict=True):
                 assert relative(row, full[i][at[i]]) < 1e-5
                 at[i] += 1
-            if at[1] == len(rows[1]):
-                break
-    assert at[1] == 9 and slots[0] == 2
+            for slot in reversed(range(len(slots))):
+                if at[slots[slot]] == len(rows[slots[slot]]):
+                    last = slots.pop()
+                    if slot < len(slots):
+                        slots[slot] = last
+                        cache.move(len(slots), slot, at[last])
+            steps += 1
+    assert at == [len(row) for row in rows] and steps == 15
 
 
 def test_cache_size_is_what_it_says(tiny):
-    config = model.read_config(tiny)
-    cache = model.KVCache(config, 3, 10, torch.device("cpu"), torch.bfloat16)
+    config = lm.read_config(tiny)
+    cache = lm.KVCache(config, 3, 10, torch.device("cpu"), torch.bfloat16)
     size = cache.k.nbytes + cache.v.nbytes
-    assert size == 3 * 10 * model.KVCache.bytes_per_token(config, torch.bfloat16)
+    assert size == 3 * 10 * lm.KVCache.bytes_per_token(config, torch.bfloat16)
 
 
 @pytest.mark.parametrize("recompute", [1, 2])
-def test_recomputed_blocks_give_equal_gradients(recompute, tiny):
-    ours = model.load_model(tiny)
-    tokens = torch.arange(40)[None]
-    gradients = []
-    for blocks in (0, recompute):
-        ours.zero_grad()
-        ours.model(tokens, recompute=blocks).square().sum().backward()
-        gradients.append([p.grad.clone() for p in ours.model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
-    assert all(g.abs().max() > 0 for g in gradients[1])
+def test_recomputed_blocks_give_equal_gradients(recompute, ours):
+    for row in ((torch.arange(40)[None],), lm.pack(pieces_of())):
+        plain, again = (
+            gradients(ours, ours.model(*row, recompute=blocks).square().sum())
+            for blocks in (0, recompute)
+        )
+        assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+        assert all(g.abs().max() > 0 for g in again)
 
 
-@pytest.mark.parametrize("recompute", [0, 1, 2])
-def test_kept_places_equal_the_full_computation(recompute, tiny):
-    """Hidden states and gradients, in a batch and in a packed row; one place is wanted twice."""
-    ours = model.load_model(tiny)
-    tokens, positions, attend, _ = model.pack([([1, 2, 3], [[4, 5], [6, 7, 8, 9, 10, 11, 12]])])
-    batch = torch.arange(40).view(2, 20), None, model.causal_attention
-    places = [7, 0, 11, 7, 3]
-    for row in (batch, (tokens, positions, attend)):
-        found, gradients = [], []
-        for kept in (slice(None), places):
-            ours.zero_grad()
-            hidden = ours.model(*row, recompute, kept)
-            hidden = hidden[:, places] if kept != places else hidden
-            hidden.pow(3).sum().backward()
-            found.append(hidden.detach())
-            gradients.append([p.grad.clone() for p in ours.model.parameters()])
-        assert found[1].shape == (len(row[0]), 5, 32) and relative(*found) < 1e-6
-        for full, part in zip(*gradients, strict=True):
-            assert (full - part).abs().max() <= 1e-5 * full.abs().max() and full.abs().max() > 0
-
-
-def test_the_last_block_asks_and_answers_at_kept_places_alone(tiny):
-    ours, rows = model.load_model(tiny), []
-    for block in ours.model.layers:
-        for part in (block.self_attn.q_proj, block.self_attn.k_proj, block.mlp):
-            part.register_forward_hook(lambda *call: rows.append(call[2].shape[1]))
-    ours.model(torch.arange(40)[None], kept=[3, 39])
-    assert rows == [40, 40, 40, 2, 40, 2]
-
-
-def test_recompute_keeps_fewer_activations(tiny):
-    ours, sizes = model.load_model(tiny), []
+def test_recomputing_keeps_fewer_activations(ours):
+    sizes = []
     for blocks in (0, 2):
         saved = []
 
@@ -244,11 +263,12 @@ def tensors_of(folder):
 @pytest.mark.parametrize("shard_bytes", [5e9, 30_000])
 @pytest.mark.parametrize("name", CASES)
 def test_saved_folders_hold_what_was_loaded(name, shard_bytes, tmp_path, monkeypatch):
-    monkeypatch.setattr(model, "SHARD_BYTES", shard_bytes)
+    monkeypatch.setattr(lm, "SHARD_BYTES", shard_bytes)
     source, saved = build(CASES[name], tmp_path / "source"), tmp_path / "deep" / "saved"
     write_tokenizer(source)
-    ours = model.load_model(source)
-    model.save_model(ours, saved, source)
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    ours = lm.load_model(source)
+    lm.save_model(ours, saved, source)
     files = tensors_of(saved)
     together = {name: tensor for part in files.values() for name, tensor in part.items()}
     assert {n: tuple(t.shape) for n, t in together.items()} == tensor_shapes(CASES[name]["config"])
@@ -267,21 +287,23 @@ def test_saved_folders_hold_what_was_loaded(name, shard_bytes, tmp_path, monkeyp
     config = json.loads((saved / "config.json").read_text())
     key = "dtype" if name == "newer" else "torch_dtype"
     assert config == CASES[name]["config"] | {key: "float32"}
-    for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+    tokenizer = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+    for file in (*tokenizer, "generation_config.json"):
         assert (saved / file).read_bytes() == (source / file).read_bytes()
-    again = model.load_model(saved).state_dict()
+    again = lm.load_model(saved).state_dict()
     assert all(torch.equal(again[n], t) for n, t in ours.state_dict().items())
     assert [p.name for p in saved.parent.iterdir()] == ["saved"]
 
 
+@pytest.mark.reference
 @pytest.mark.parametrize("name", ["llama3.2 tied", "qwen2", "newer"])
 def test_transformers_reads_saved_folders(name, tmp_path, monkeypatch):
-    """All of them: python tests/make_fixtures.py --check."""
+    """All of them: python tests/fixtures/make_fixtures.py --check."""
     transformers = pytest.importorskip("transformers")
     source = write_tokenizer(build(CASES[name], tmp_path / "source"))
-    ours = model.load_model(source)
-    monkeypatch.setattr(model, "SHARD_BYTES", 20_000)
-    model.save_model(ours, tmp_path / "saved", source)
+    ours = lm.load_model(source)
+    monkeypatch.setattr(lm, "SHARD_BYTES", 20_000)
+    lm.save_model(ours, tmp_path / "saved", source)
     load = transformers.AutoModelForCausalLM.from_pretrained
     theirs, info = load(tmp_path / "saved", output_loading_info=True)
     assert theirs.dtype == torch.float32 and not any(info.values())
@@ -291,34 +313,34 @@ def test_transformers_reads_saved_folders(name, tmp_path, monkeypatch):
 
 
 def test_a_checkpoint_in_bfloat16_says_so(tiny, tmp_path):
-    model.save_model(model.load_model(tiny, dtype=torch.bfloat16), tmp_path / "saved", tiny)
+    lm.save_model(lm.load_model(tiny, dtype=torch.bfloat16), tmp_path / "saved", tiny)
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["torch_dtype"] == "bfloat16"
     (part,) = tensors_of(tmp_path / "saved").values()
     assert {t.dtype for t in part.values()} == {torch.bfloat16}
 
 
-def test_saving_takes_an_empty_folder_and_no_other(tiny, tmp_path):
-    ours = model.load_model(tiny)
+def test_saving_takes_an_empty_folder_and_no_other(ours, tiny, tmp_path):
     (tmp_path / "empty").mkdir()
-    model.save_model(ours, tmp_path / "empty", tiny)
+    lm.save_model(ours, tmp_path / "empty", tiny)
     (tmp_path / "file").write_text("kept")
     for taken in (tmp_path / "empty", tmp_path / "file"):
-        with pytest.raises(model.InputError, match="already exists"):
-            model.save_model(ours, taken, tiny)
+        with pytest.raises(lm.InputError, match=f"{taken.name}: cannot be written"):
+            lm.save_model(ours, taken, tiny)
     assert (tmp_path / "file").read_text() == "kept"
+    lm.load_model(tmp_path / "empty")
 
 
-@pytest.mark.parametrize("write", ["save_file", "shutil.copyfile", "os.replace"])
-def test_a_failed_save_leaves_nothing_under_the_name(write, tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize("write", ["save_file", "shutil.copyfile", "os.replace", "os.fsync"])
+def test_a_failed_save_leaves_nothing_under_the_name(write, ours, tiny, tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as broken:
         broken.setattr(f"model.{write}", fail)
-        with pytest.raises(model.InputError, match="cannot be written: No space"):
-            model.save_model(model.load_model(tiny), tmp_path / "saved", tiny)
+        with pytest.raises(lm.InputError, match=r"cannot be written: .*No space"):
+            lm.save_model(ours, tmp_path / "saved", tiny)
     assert not (tmp_path / "saved").exists()
-    model.save_model(model.load_model(tiny), tmp_path / "saved", tiny)  # the remains do not disturb
+    lm.save_model(ours, tmp_path / "saved", tiny)  # the remains do not disturb
     assert [p.name for p in tmp_path.iterdir()] == ["saved"]
 
 
@@ -331,23 +353,20 @@ class Frozen(datetime):
         return datetime.fromisoformat(CHATS["now"])
 
 
+@pytest.mark.reference
 @pytest.mark.parametrize("place", ["chat_template.jinja", "tokenizer_config.json", "named list"])
 @pytest.mark.parametrize("name", sorted({case["template"] for case in CHATS["cases"]}))
 def test_chats_are_the_very_ids_of_transformers(name, place, tmp_path, monkeypatch):
-    monkeypatch.setattr(model, "datetime", Frozen)
-    folder = tmp_path / name
-    shutil.copytree(FIXTURES / "templates" / name, folder)
+    monkeypatch.setattr(lm, "datetime", Frozen)
+    folder = shutil.copytree(FIXTURES / "templates" / name, tmp_path / name)
     if place != "chat_template.jinja":
         template = (folder / "chat_template.jinja").read_text()
         (folder / "chat_template.jinja").unlink()
-        config = json.loads((folder / "tokenizer_config.json").read_text())
         if place == "named list":
             other = {"name": "tool_use", "template": "no"}
             template = [other, {"name": "default", "template": template}]
-        (folder / "tokenizer_config.json").write_text(
-            json.dumps(config | {"chat_template": template})
-        )
-    tokenizer = model.load_tokenizer(folder)
+        edit(folder / "tokenizer_config.json", chat_template=template)
+    tokenizer = lm.load_tokenizer(folder)
     cases = [case for case in CHATS["cases"] if case["template"] == name]
     assert len(cases) == 9
     for case in cases:
@@ -359,70 +378,65 @@ def test_chats_are_the_very_ids_of_transformers(name, place, tmp_path, monkeypat
         assert tokenizer.apply_chat_template(*chat) == case["ids"]
 
 
+def test_the_template_of_the_tests_is_llama3s(tiny):
+    chat = [{"role": "user", "content": " x "}]
+    theirs = lm.load_tokenizer(FIXTURES / "templates" / "llama3").render_chat(chat)
+    assert lm.load_tokenizer(tiny).render_chat(chat) == theirs
+
+
 def test_decode_gives_the_text_back(tiny):
-    tokenizer = model.load_tokenizer(tiny)
+    tokenizer = lm.load_tokenizer(tiny)
     text = "naïve — 日本語 🙂\n\n  <R> It is 4 ."
     ids = tokenizer.encode(text)
     assert ids[0] == 256 and tokenizer.decode(ids[1:]) == text
     assert tokenizer.encode(text, add_special_tokens=False) == ids[1:]
     assert tokenizer.decode([*ids, 260]) == f"<|begin_of_text|>{text}<|eot_id|>"
     assert tokenizer.decode([*ids, 260], skip_special_tokens=True) == text
+    refused(lambda: tokenizer.encode("half \ud800"), "half", "surrogate")
 
 
 def test_stop_ids_come_from_both_files(tmp_path):
     write_tokenizer(tmp_path, eos="<|eot_id|>", stops=["<|end_of_text|>"])
-    assert model.load_tokenizer(tmp_path).stop_ids == (257, 260)
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 258}')
-    assert model.load_tokenizer(tmp_path).stop_ids == (258, 260)
-    (tmp_path / "generation_config.json").unlink()
-    assert model.load_tokenizer(tmp_path).stop_ids == (260,)
+    generation = tmp_path / "generation_config.json"
+    for content, stops in [
+        (None, (257, 260)),
+        ({"eos_token_id": 258}, (258, 260)),
+        ({"eos_token_id": None}, (260,)),
+        ({}, (260,)),
+    ]:
+        if content is not None:
+            generation.write_text(json.dumps(content))
+        assert lm.load_tokenizer(tmp_path).stop_ids == stops
+    generation.unlink()
+    edit(tmp_path / "tokenizer_config.json", eos_token={"content": "<|end_of_text|>"})
+    assert lm.load_tokenizer(tmp_path).stop_ids == (257,)
 
 
-def test_the_guard_on_templates_is_cheap():
-    """The guard against templates that never end costs under 2 ms a prompt."""
-    tokenizer = model.load_tokenizer(FIXTURES / "templates" / "llama3")
-    messages = [{"role": "user", "content": "word " * 500}]
-    times = []
-    for _ in range(20):
-        began = time.perf_counter()
-        tokenizer.render_chat(messages)
-        times.append(time.perf_counter() - began)
-    assert min(times) < 2e-3
-
-
-# Random streams
+# Random streams, files, options
 
 
 def test_streams_share_no_draw():
     draws = [
-        model.stream(seed, *names).random()
+        lm.stream(seed, *names).random()
         for seed in (0, 1)
         for names in (("a",), ("a", 1), ("a", 1, 1), ("a", 11), ("b", 1))
     ]
     assert len(set(draws)) == 10
-    assert model.stream(0, "a", 1).random() == draws[1]
-    values = np.concatenate([model.stream(0, "uniform", i).random(5) for i in range(2000)])
+    assert lm.stream(0, "a", 1).random() == draws[1]
+    values = np.concatenate([lm.stream(0, "uniform", i).random(5) for i in range(2000)])
     counts = np.histogram(values, bins=20, range=(0, 1))[0]
     chi_square = ((counts - 500) ** 2 / 500).sum()
     assert 5 < chi_square < 50  # 19 degrees of freedom: outside once in 10,000
 
 
-def test_the_template_of_the_tests_is_llama3s(tiny):
-    chat = [{"role": "user", "content": " x "}]
-    theirs = model.load_tokenizer(FIXTURES / "templates" / "llama3").render_chat(chat)
-    assert model.load_tokenizer(tiny).render_chat(chat) == theirs
-    assert LLAMA_TEMPLATE
-
-
-# Files
-
-
 def test_json_lines_come_back(tmp_path):
     rows = [{"a": "日本\u2028 \n"}, {"b": [1, None, 0.1]}, {}]
-    model.write_jsonl(tmp_path / "rows", rows)
-    assert list(model.read_jsonl(tmp_path / "rows")) == list(enumerate(rows, 1))
+    lm.write_jsonl(tmp_path / "rows", rows)
+    assert list(lm.read_jsonl(tmp_path / "rows")) == list(enumerate(rows, 1))
     (tmp_path / "rows").write_bytes(b'{"a": 1}\r\n\n  \n{"a": 2}')
-    assert list(model.read_jsonl(tmp_path / "rows")) == [(1, {"a": 1}), (4, {"a": 2})]
+    assert list(lm.read_jsonl(tmp_path / "rows")) == [(1, {"a": 1}), (4, {"a": 2})]
+    (tmp_path / "rows").write_bytes(b'{"a": 1}\n[1]\n')
+    refused(lambda: list(lm.read_jsonl(tmp_path / "rows")), "rows:2", "list")
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
@@ -430,10 +444,10 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         yield {"new": 1}
         raise OSError("disk full")
 
-    model.write_jsonl(tmp_path / "rows", [{"old": 1}])
-    with pytest.raises(model.InputError, match="rows: cannot be written: disk full"):
-        model.write_jsonl(tmp_path / "rows", rows())
-    assert list(model.read_jsonl(tmp_path / "rows")) == [(1, {"old": 1})]
+    lm.write_jsonl(tmp_path / "rows", [{"old": 1}])
+    refused(lambda: lm.write_jsonl(tmp_path / "rows", rows()), "rows: cannot be written: disk full")
+    assert list(lm.read_jsonl(tmp_path / "rows")) == [(1, {"old": 1})]
+    lm.write_jsonl(tmp_path / "rows", [{"new": 2}])
     assert [p.name for p in tmp_path.iterdir()] == ["rows"]
 
 
@@ -442,72 +456,416 @@ class Stopped(Exception):
 
 
 @pytest.mark.parametrize("stop", [0, 1, 2])
-@pytest.mark.parametrize("tail", [b"", b'[{"row": ', b'[{"row": 99}]'])
+@pytest.mark.parametrize("tail", [b"", b'{"row": ', b'{"row": 99}\n', b'{"row": 99}\n{"ro'])
 def test_groups_go_on_where_they_stopped(stop, tail, tmp_path):
-    """Stopped before group `stop`, with half a line behind it: the file is that of one go."""
-    path, key, begun = tmp_path / "rows.jsonl", {"seed": 1}, []
+    """Stopped before group `stop`, with part of a group behind it: the file is that of one go."""
+    path, begun = tmp_path / "rows.jsonl", []
+    whole = [[{"row": 1}, {"row": "ü"}], [{"row": 2}, {"row": -2}], [{"row": 3}]]
 
     def groups(done, stop=9):
         begun.append(done)
-        for i in range(done, 3):
+        for i in range(done // 2, 3):
             if i == stop:
                 raise Stopped
-            yield [{"row": i}, {"row": -i}]
+            yield whole[i]
 
     with pytest.raises(Stopped):
-        model.write_groups(path, key, lambda done: groups(done, stop))
+        lm.write_groups(path, 2, ["seed", 1], lambda done: groups(done, stop))
     assert not path.exists()
-    with open(tmp_path / "rows.jsonl.groups", "ab") as file:
+    (partial,) = tmp_path.iterdir()
+    with open(partial, "ab") as file:
         file.write(tail)
-    with pytest.raises(model.InputError, match="seed = 1, now 2"):
-        model.write_groups(path, {"seed": 2}, groups)
-    model.write_groups(path, key, groups)
-    assert begun == [0, stop]
-    assert path.read_text() == "".join(f'{{"row": {i}}}\n{{"row": {-i}}}\n' for i in range(3))
-    model.write_groups(path, key, groups)  # it is there: nothing is done again
-    assert begun == [0, stop] and [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
+    with pytest.raises(Stopped):  # what depends on something else takes none of it
+        lm.write_groups(path, 2, ["seed", 2], lambda done: groups(done, 0))
+    lm.write_groups(path, 2, ["seed", 1], groups)
+    assert begun == [0, 0, 2 * stop] and not partial.exists()
+    assert [row for _, row in lm.read_jsonl(path)] == [row for group in whole for row in group]
+    lm.write_groups(path, 2, ["seed", 1], groups)  # it is there: nothing is done again
+    assert len(begun) == 3
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]\n", b"\xff\n"])
-def test_groups_that_are_none_are_refused(content, tmp_path):
-    (tmp_path / "rows.groups").write_bytes(content)
-    with pytest.raises(model.InputError, match=r"rows\.groups"):
-        model.write_groups(tmp_path / "rows", {}, lambda done: [])
+def test_a_hash_is_of_all_that_a_checkpoint_says(tmp_path):
+    folder, seen = write_checkpoint(write_tokenizer(tmp_path / "a")), set()
+    for file in (None, *sorted(folder.iterdir()), folder / "chat_template.jinja"):
+        if file:
+            file.write_bytes(b"changed")
+        seen.add(lm.hash_of(folder))
+    assert len(seen) == 7
+    (folder / "README.md").write_text("not read")
+    assert lm.hash_of(shutil.copytree(folder, tmp_path / "b")) == lm.hash_of(folder) in seen
+    assert lm.hash_of([1, "a"]) != lm.hash_of([1, "b"])
 
 
-# Options
+def test_outputs_are_refused_before_the_work(tmp_path):
+    lm.check_output(tmp_path / "new")
+    for path in (tmp_path, tmp_path / "no" / "folder"):
+        refused(lambda path=path: lm.check_output(path), str(path), "expected a path")
 
 
 @dataclasses.dataclass
 class Options:
-    count: int = model.option(8, "how many (ours)", 1)
-    rate: float = model.option(0.5, "how fast, 50% (ours)", 0, 1)
-    style: str = model.option("plain", "how (ours)", choices=("plain", "bold"))
-    loud: bool = model.option(False, "aloud (ours)")
-    room: float | None = model.option(None, "GiB (ours)", 0, kind=float)
+    count: int = lm.option(8, "how many (ours)", 1)
+    rate: float = lm.option(0.5, "how fast, 50% (ours)", 0, 1)
+    style: str = lm.option("plain", "how (ours)", choices=("plain", "bold"))
+    loud: bool = lm.option(False, "aloud (ours)")
 
 
-def test_options_come_from_flags_defaults_and_values():
-    parser = argparse.ArgumentParser()
-    model.add_options(parser, Options)
-    given = vars(parser.parse_args(["--count", "3", "--loud", "--room", "1.5"]))
-    assert given == {"count": 3, "loud": True, "room": 1.5}
-    assert model.read_options(Options, given) == Options(3, 0.5, "plain", True, 1.5)
-    assert model.read_options(Options, {}) == Options()
-    assert model.read_options(Options, {"rate": 1, "other": 5}) == Options(rate=1)
+def parse(*flags, **recipe):
+    parser = lm.make_parser("what", Options)
+    parser.set_defaults(**recipe)
+    return lm.options_of(Options, parser.parse_args(flags))
+
+
+def test_options_come_from_flags_recipes_and_defaults():
+    assert parse() == Options()
+    assert parse("--count", "3", "--rate=1", "--loud") == Options(3, 1.0, "plain", True)
+    recipe = {"style": "bold", "loud": True}
+    assert parse(**recipe) == Options(8, 0.5, "bold", True)
+    assert parse("--no-loud", "--style", "plain", **recipe) == Options()
+    parser = lm.make_parser("what", Options)
     assert "50% (ours) (default 0.5)" in " ".join(parser.format_help().split())
+    given = parser.parse_args(["--device", "cuda:1", "--dtype", "bfloat16"])
+    assert lm.options_of(lm.Device, given) == lm.Device("cuda:1", "bfloat16", False)
 
 
 @pytest.mark.parametrize(
-    "name, value",
+    "flags",
     [
-        *(("count", v) for v in (0, -1, 2.0, "3", True, None, [])),
-        *(("rate", v) for v in (-0.1, 1.1, float("nan"), float("inf"), "0.5", True, None)),
-        *(("style", v) for v in ("", "italic", None, ["plain"])),
-        *(("loud", v) for v in (1, "yes", None)),
-        *(("room", v) for v in (-1, float("nan"), float("inf"), "1")),
+        *(f"--count={value}" for value in ("0", "-1", "2.5", "x", "")),
+        *(f"--rate={value}" for value in ("-0.1", "1.1", "nan", "inf", "x")),
+        *("--style=italic", "--loud=yes", "--dtype=float8", "--cou=3", "--nothing", "more"),
     ],
 )
-def test_options_outside_their_range(name, value):
-    with pytest.raises(model.InputError, match=f"--{name}: found"):
-        model.read_options(Options, {name: value})
+def test_options_outside_their_range(flags):
+    refused(lambda: parse(flags), "found", "expected", flags.split("=")[0])
+
+
+def test_main_says_what_a_checkpoint_takes(tiny, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["model.py", "--model", str(tiny)])
+    lm.main()
+    said = capsys.readouterr().out
+    count = sum(tensor.numel() for tensor in load_file(tiny / "model.safetensors").values())
+    assert f" {count:,}\n" in said and " 128 bytes" in said and "(257, 260)" in said
+
+
+# Refusals: one line that names the culprit
+
+
+@pytest.fixture
+def folder(tiny, tmp_path):
+    return shutil.copytree(tiny, tmp_path / "model")
+
+
+def refused(call, *parts):
+    """Runs call(), which must end in an error for the user whose one line holds all parts."""
+    with pytest.raises((lm.InputError, OSError)) as caught:
+        call()
+    message = " ".join(str(caught.value).split())  # as run_main prints it
+    assert len(message) < 3000, message
+    for part in parts:
+        assert part in message, message
+
+
+def edit(file, **values):
+    """Changes values of a JSON file; `...` takes one out."""
+    content = json.loads(file.read_text()) | values
+    file.write_text(json.dumps({k: v for k, v in content.items() if v is not ...}))
+
+
+def short(value):
+    return str(value)[:40]
+
+
+ROPE = CASES["llama3.1"]["config"]["rope_scaling"]
+MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+CONFIGS = [  # (what is changed, what the message names beside the file)
+    ({"model_type": "gemma2"}, "'gemma2'"),
+    ({"model_type": ...}, "model_type"),
+    ({"architectures": ["LlamaForSequenceClassification"]}, "causal"),
+    ({"hidden_act": "gelu"}, "'gelu'"),
+    ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn'"),
+    ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'"),
+    ({"rope_parameters": {"rope_type": "longrope"}}, "'longrope'"),
+    ({"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "rope"),
+    ({"rope_scaling": {"rope_type": "linear"}}, "factor"),
+    ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "factor"),
+    ({"rope_scaling": ROPE | {"factor": float("nan")}}, "factor"),
+    ({"rope_theta": -1.0}, "rope_theta"),
+    (MISTRAL | {"sliding_window": 64}, "sliding_window"),
+    (MISTRAL, "4096"),  # the window of a file that says nothing
+    ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 32}, "sliding_window"),
+    ({"model_type": "qwen2", "layer_types": ["sliding_attention"] * 2}, "layer_types"),
+    ({"hidden_size": ...}, "hidden_size"),
+    ({"num_hidden_layers": 0}, "num_hidden_layers"),
+]
+SHAPES = [  # sizes that are not those of the tensors
+    {"num_key_value_heads": 3},
+    {"num_attention_heads": 5, "num_key_value_heads": 5},
+    {"head_dim": 7},
+    {"vocab_size": 265},
+]
+
+
+@pytest.mark.parametrize("values, part", CONFIGS, ids=short)
+def test_configs(values, part, folder):
+    edit(folder / "config.json", **values)
+    refused(lambda: lm.load_model(folder), "config.json", part)
+
+
+@pytest.mark.parametrize("values", SHAPES, ids=short)
+def test_sizes_of_other_tensors(values, folder):
+    edit(folder / "config.json", **values)
+    refused(lambda: lm.load_model(folder), str(folder), "size mismatch")
+
+
+TEXTS = [b"", b"{", b"[]", b"null", b"{} {}", b"\xef\xbb\xbf{}", b'{"a": "\xff"}', b"[" * 99999]
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=short)
+@pytest.mark.parametrize("name", ["config", "tokenizer", "tokenizer_config", "generation_config"])
+def test_files_that_are_no_object(name, text, folder):
+    (folder / f"{name}.json").write_bytes(text)
+    refused(lambda: lm.load_tokenizer(folder), f"{name}.json")
+    if name == "config":
+        refused(lambda: lm.load_model(folder), "config.json")
+
+
+NORM, GATE = "model.norm.weight", "model.layers.1.mlp.gate_proj.weight"
+TENSORS = {  # name: (what is done to the tensors, what the message names)
+    "missing": (lambda t: t.pop(GATE), GATE),
+    "turned": (lambda t: t.update({GATE: t[GATE].T.contiguous()}), GATE, "[32, 56]", "[56, 32]"),
+    "unknown": (lambda t: t.update({"model.extra": torch.ones(2)}), "model.extra"),
+    "another layer": (lambda t: t.update({GATE.replace("1", "2"): t[GATE].clone()}), "layers.2"),
+    "not a number": (lambda t: t[GATE].view(-1)[9].fill_(float("nan")), GATE, "finite"),
+    "endless": (lambda t: t[NORM][3].fill_(-float("inf")), NORM, "finite"),
+    "endless in float16": (lambda t: t[NORM][3].fill_(7e4), NORM, "float16"),
+    "integers": (lambda t: t.update({NORM: t[NORM].to(torch.int32)}), NORM, "int32"),
+}
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_tensors(name, folder):
+    change, *parts = TENSORS[name]
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    refused(lambda: lm.load_model(folder, dtype=torch.float16), str(folder), *parts)
+
+
+def header(text, length=None):
+    return struct.pack("<Q", len(text) if length is None else length) + text
+
+
+OUTSIDE = header(b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 9]}}')
+HEADERS = [b"", b"1234", *map(header, TEXTS), header(b"{}", 2**63), OUTSIDE, b"\x80\x04pickle"]
+
+
+@pytest.mark.parametrize("content", [*HEADERS, 100, 5000, -1, None], ids=short)
+def test_weights_that_are_not_whole(content, folder):
+    """Bytes, or how many of the good file's, or none; a pickle beside it is never opened."""
+    file = folder / "model.safetensors"
+    whole = file.read_bytes()
+    file.unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04")
+    if content is not None:
+        file.write_bytes(whole[:content] if isinstance(content, int) else content)
+    refused(lambda: lm.load_model(folder), "model.safetensors")
+
+
+SHARD, INDEX = "model-00002-of-00003.safetensors", "model.safetensors.index.json"
+INDEXES = {
+    "a lost shard": (lambda f: (f / SHARD).unlink(), SHARD),
+    "a shard cut short": (lambda f: (f / SHARD).write_bytes(b"1234"), SHARD),
+    "a path above": (lambda f: edit(f / INDEX, weight_map={NORM: f"../{SHARD}"}), "../"),
+    "an absolute path": (lambda f: edit(f / INDEX, weight_map={NORM: str(f / SHARD)}), SHARD),
+    "no shard": (lambda f: edit(f / INDEX, weight_map={}), NORM),
+    "no map": (lambda f: edit(f / INDEX, weight_map=...), NORM),
+}
+
+
+@pytest.mark.parametrize("name", INDEXES)
+def test_indexes(name, tmp_path):
+    change, part = INDEXES[name]
+    folder = write_checkpoint(tmp_path / "model", shards=3)
+    shutil.copy(folder / SHARD, tmp_path)  # what a path above would find
+    change(folder)
+    refused(lambda: lm.load_model(folder), str(folder), part)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "tpu", "cuda:-7", "", "meta"])
+def test_devices(device, tiny):
+    refused(lambda: lm.load_model(tiny, device), f"--device {device}")
+
+
+BIG = byte_tokenizer(special=[*LLAMA_SPECIAL, *(f"<{i}>" for i in range(9))])
+TOKENIZERS = {
+    "missing": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json"),
+    "beyond the embedding": (lambda f: BIG.save(str(f / "tokenizer.json")), "269", "264"),
+    "eos is no token": (lambda f: edit(f / "tokenizer_config.json", eos_token="</s>"), "</s>"),
+    "stop id beyond": (lambda f: edit(f / "generation_config.json", eos_token_id=[264]), "264"),
+    "template": (lambda f: (f / "chat_template.jinja").write_bytes(b"\xff"), "utf-8"),
+}
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_tokenizers(name, folder):
+    change, *parts = TOKENIZERS[name]
+    change(folder)
+    refused(lambda: lm.load_tokenizer(folder), str(folder), *parts)
+
+
+ROLES = "{% if messages[0].role != 'user' %}{{ raise_exception('users\\nonly') }}{% endif %}"
+TEMPLATES = [  # (template, part of the message); the chat is one system turn
+    (..., "none"),
+    (5, "does not parse"),
+    ([5], "does not parse"),
+    ("{% for m in %}", "does not parse"),
+    ("{% nope %}", "'nope'"),
+    ("{{ " + "(" * 9999 + ")" * 9999 + "}}", "does not parse"),
+    (ROLES, "users only"),
+    ("{{ messages[0].nothing.more }}", "nothing"),
+    ("{{ 1 / 0 }}", "division"),
+    ("{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}", "recursion"),
+    # Ways out of the sandbox
+    ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "__class__"),
+    ("{{ raise_exception.__globals__['os'].system('id') }}", "__globals__"),
+    ("{{ cycler.__init__.__globals__.os.environ }}", "__init__"),
+    ("{{ (strftime_now|attr('__globals__'))['sys'] }}", "__globals__"),
+    ("{{ '{0.__class__.__mro__}'.format(messages) }}", "__class__"),
+    ("{{ messages.append(1) }}", "append"),
+    ("{{ messages[0].update(role='user') }}", "update"),
+    ("{% include 'config.json' %}", "loader"),
+    ("{{ range(10**9)|list }}", "Range"),
+]
+
+
+@pytest.mark.parametrize("template, part", TEMPLATES, ids=short)
+def test_templates(template, part, folder):
+    edit(folder / "tokenizer_config.json", chat_template=template)
+    chat = [{"role": "system", "content": "x"}]
+    refused(lambda: lm.load_tokenizer(folder).render_chat(chat), str(folder), "chat_template", part)
+    assert chat == [{"role": "system", "content": "x"}]
+
+
+@pytest.mark.parametrize("call", [lm.load_model, lm.load_tokenizer])
+def test_folders(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("x")
+    for path in (tmp_path / "absent", "./a/b/c", "", "a b/c", "-x/y"):
+        refused(lambda path=path: call(path), f"{path}: no such folder")
+    refused(lambda: call("file"), "file: no such folder")
+    refused(lambda: call("."), ".json")
+
+
+def test_a_hub_id_without_a_network(tmp_path):
+    """The command ends in exit status 2 and one line, and soon."""
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    command = [sys.executable, lm.__file__, "--model", "nobody/no-such-model"]
+    made = subprocess.run(
+        command, capture_output=True, text=True, timeout=60, env=os.environ | offline
+    )
+    assert made.returncode == 2 and made.stdout == ""
+    assert len(made.stderr.splitlines()) == 1 and "nobody/no-such-model" in made.stderr
+
+
+def test_a_hub_id_is_downloaded(tiny, monkeypatch):
+    import huggingface_hub
+
+    asked, there = [], "config.json model.safetensors x.jinja x.bin x.py deep/x.json".split()
+
+    def download(name, revision=None, **patterns):
+        kept = huggingface_hub.utils.filter_repo_objects(there, **patterns)
+        assert list(kept) == there[:3]
+        asked.append((name, revision))
+        return str(tiny)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert lm.checkpoint_folder("org/name-1.0") == tiny
+    assert lm.load_tokenizer("org/name@v2").stop_ids == (257, 260)
+    assert asked == [("org/name-1.0", None), ("org/name", "v2")]
+
+
+# Files changed at random: reading them ends well or in an error for the user, never otherwise.
+# A case is named by its number: the same seed and number make the same file again.
+
+FUZZ_CASES = int(os.environ.get("FUZZ_CASES", 150))
+FUZZ_SEED = int(os.environ.get("FUZZ_SEED", 0))
+ODD = [True, False, 0, 1, 2, 7, -1.0, 0.5, 1e-6, 1e30, float("nan"), float("inf"), "", "x", "/"]
+ODD += ["\ud800", "../x", "linear", "llama3", "yarn", "{{ messages[0].content * 3 }}", "{% for"]
+BYTES = [b"\0", b"\xff", b'"', b"{", b"]", b"\n", b"9", b"\\ud800", b"-"]
+
+
+def change_value(value, rng):
+    """A JSON value with one place of it changed to another of its kind, lost or renamed."""
+    if isinstance(value, dict) and value:
+        key, way = rng.choice(sorted(value)), rng.random()
+        if way < 0.25:  # lost, or renamed
+            rest = {k: v for k, v in value.items() if k != key}
+            return rest if way < 0.15 else rest | {rng.choice([key + "x", ""]): value[key]}
+        return value | {key: change_value(value[key], rng)}
+    if isinstance(value, list) and value:
+        i = rng.randrange(len(value))
+        return [*value[:i], change_value(value[i], rng), *value[i + rng.randint(0, 1) :]]
+    if isinstance(value, str) and rng.random() < 0.5:
+        return change_bytes(value.encode("utf-8", "replace"), rng).decode("utf-8", "replace")
+    if type(value) in (int, float) and rng.random() < 0.4:
+        return rng.choice([value + 1, abs(value - 1), value * 2])
+    return rng.choice([odd for odd in ODD if type(odd) is type(value)] or [value])
+
+
+def change_bytes(data, rng):
+    """Bytes with some flipped, cut, put in or doubled, or the end lost."""
+    for _ in range(rng.choice([1, 1, 2, 8])):
+        i, j = sorted(rng.randrange(len(data) + 1) for _ in range(2))
+        flipped = bytes([data[i] ^ 1 << rng.randrange(8)]) if i < len(data) else b""
+        put = rng.choice([flipped, b"", rng.choice(BYTES), data[i:j][:50] * 2])
+        data = data[:i] + put + data[rng.choice([i, i + 1, i + 4, j, len(data)]) :]
+    return data
+
+
+def change_file(file, rng):
+    """A JSON file, or the JSON header of a safetensors file: its values, or any of its bytes."""
+    data, tail = file.read_bytes(), None
+    if file.suffix == ".safetensors":
+        (length,) = struct.unpack("<Q", data[:8])
+        data, tail = data[8 : 8 + length], data[8 + length :]
+    if rng.random() < 0.7:
+        value = json.loads(data)
+        for _ in range(rng.choice([1, 1, 2])):
+            value = change_value(value, rng)
+        data = json.dumps(value).encode()
+    else:
+        data = change_bytes(data, rng)
+    if tail is not None:
+        data = header(data, rng.choice([None] * 8 + [0, len(data) + 1, 2**40])) + tail
+    file.write_bytes(data)
+
+
+def read_chat(folder):
+    lm.load_tokenizer(folder).apply_chat_template([{"role": "user", "content": "hi"}])
+
+
+TARGETS = {"tokenizer_config.json": read_chat, "generation_config.json": read_chat}
+TARGETS |= {"tokenizer.json": read_chat, "config.json": lm.load_model, INDEX: lm.load_model}
+
+
+@pytest.mark.parametrize("name", [*TARGETS, "model-00001-of-00002.safetensors"])
+def test_changed_files(name, tmp_path):
+    config = LLAMA | {"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 8}
+    config |= {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "head_dim": None}
+    folder = write_checkpoint(write_tokenizer(tmp_path), config, shards=2)
+    read, good, refusals = TARGETS.get(name, lm.load_model), (folder / name).read_bytes(), set()
+    read(folder)
+    for number in range(FUZZ_CASES):
+        (folder / name).write_bytes(good)
+        change_file(folder / name, random.Random(f"{FUZZ_SEED}/{name}/{number}"))
+        try:
+            read(folder)
+        except (lm.InputError, OSError) as error:
+            refusals.add(str(error)[-40:])
+        except BaseException:
+            print(f"case {number} of {name}: {(folder / name).read_bytes()[:3000]!r}")
+            raise
+    assert len(refusals) > 3, "the changes should reach more than one check"

@@ -1,137 +1,71 @@
-"""sample.py: thought prompts, cutting, and the law and the independence of what generate draws.
+"""sample.py: thought prompts, cutting, the law and the independence of what generate draws, files.
 
 python -m pytest tests/test_sample.py
 """
 
+import gc
+import io
 import json
-import subprocess
+import random
 import sys
+import weakref
+from types import SimpleNamespace
+
+import model as lm
+import sample
 
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES, LLAMA, write_checkpoint, write_tokenizer
-from torch.utils._python_dispatch import TorchDispatchMode
-
-import model
-import sample
+from conftest import FIXTURES, LLAMA, LLAMA_TEMPLATE, write_checkpoint, write_tokenizer
 
 GREEDY = json.loads((FIXTURES / "greedy.json").read_text())
 SMALL = LLAMA | {"vocab_size": 97}
 
 
-def ids(completions):
-    return [[(c.ids, c.finished) for c in row] for row in completions]
+def drawn(made):
+    return [[(c.ids, c.finished) for c in own] for own in made]
 
 
-def decoder(llm, slots, length=256):
+def decoder_of(llm, slots, length=256):
     return sample.Decoder(llm, slots, length)
 
 
 @pytest.fixture(scope="module")
 def llm(tmp_path_factory):
-    return model.load_model(write_checkpoint(tmp_path_factory.mktemp("small"), SMALL, seed=5))
+    return lm.load_model(write_checkpoint(tmp_path_factory.mktemp("small"), SMALL, seed=5))
 
 
-# Greedy
+@pytest.fixture(scope="module")
+def long_llm(tmp_path_factory):
+    config = SMALL | {"max_position_embeddings": 1000}
+    return lm.load_model(write_checkpoint(tmp_path_factory.mktemp("long"), config, seed=5))
+
+
+decodes = pytest.mark.usefixtures("memory_order")  # a test that runs with both
 
 
 @pytest.fixture(scope="module")
 def greedy_model(tmp_path_factory):
     folder = write_checkpoint(tmp_path_factory.mktemp("greedy"), GREEDY["config"], GREEDY["seed"])
-    return model.load_model(folder)
+    return lm.load_model(folder)
 
 
-@pytest.mark.parametrize("slots", [1, 7, 64, 200])
+@decodes
+@pytest.mark.reference
+@pytest.mark.parametrize("slots", [2, 64])
 def test_greedy_is_transformers_token_by_token(slots, greedy_model):
     """Prompts of 1 to 90 tokens in one batch, three stop ids, rows that end at different steps."""
-    made = sample.generate(
-        greedy_model,
-        GREEDY["prompts"],
-        num_samples=1,
-        max_new_tokens=GREEDY["max_new_tokens"],
-        temperature=0,
-        stop_ids=GREEDY["stop_ids"],
-        decoder=decoder(greedy_model, slots),
-    )
-    assert [row[0].ids for row in made] == GREEDY["outputs"]
-    lengths = {len(row[0].ids) for row in made}
+    stops, law = GREEDY["stop_ids"], {"num_samples": 1, "temperature": 0}
+    law |= {"max_new_tokens": GREEDY["max_new_tokens"], "stop_ids": stops}
+    held = decoder_of(greedy_model, slots)
+    made = sample.generate(greedy_model, GREEDY["prompts"], **law, decoder=held)
+    assert [own[0].ids for own in made] == GREEDY["outputs"]
+    lengths = {len(own[0].ids) for own in made}
     assert len(lengths) > 10 and 1 in lengths
     for (completion,) in made:
-        assert completion.finished == (completion.ids[-1] in GREEDY["stop_ids"])
-        assert not set(completion.ids[:-1]) & set(GREEDY["stop_ids"])
-
-
-# Prefill
-
-SHARED = {
-    "equal": [[5, 6, 7]] * 3,
-    "one a prefix of the others": [[5, 6, 7], [5, 6, 7, 8, 9], [5, 6], [5, 6, 7, 8]],
-    "a long beginning": [[*range(60), n, 3][: 61 + n % 2] for n in (70, 71, 72)],
-    "nothing in common": [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10]],
-    "one alone": [[5, 6, 7, 8]],
-    "one token": [[5], [5], [5, 6]],
-}
-
-
-@pytest.mark.parametrize("name", SHARED)
-def test_a_shared_prefill_equals_separate_ones(name, llm):
-    prompts, made = SHARED[name], decoder(llm, 1)
-    with torch.inference_mode():
-        parts, logits = made.prefill(prompts)
-        for prompt, held, row in zip(prompts, parts, logits, strict=True):
-            (alone,), expected = made.prefill([prompt])
-            together, alone = torch.cat(held, dim=-2), torch.cat(alone, dim=-2)
-            assert together.shape == alone.shape == (2, 2, 2, len(prompt), 8)
-            assert (together - alone).abs().max() < 1e-5 and (row - expected).abs().max() < 1e-5
-            full = llm(torch.tensor([prompt]))[0, -1]
-            assert (row - full).abs().max() < 1e-5 * full.abs().max()
-    together, alone = (
-        ids(c for part in parts for c in sample.generate(llm, part, 1, 12, 0))
-        for parts in ([prompts], [[prompt] for prompt in prompts])
-    )
-    assert together == alone
-
-
-def test_what_prompts_share_is_run_once(llm, monkeypatch):
-    """Eight prompts of 52 tokens, 50 of them shared: 66 tokens, one prefill; 65 would be two."""
-    prompts, sizes = [[*range(50), i, i] for i in range(8)], []
-    llm.model.embed_tokens.register_forward_hook(lambda *call: sizes.append(call[2].shape[1]))
-    for most in (66, 65):
-        monkeypatch.setattr(sample.Decoder, "PREFILL_TOKENS", most)
-        sample.generate(llm, prompts, 1, 1)
-    assert sizes == [66, 64, 52]
-
-
-# What most of the memory is: weights, the cache, or the logits that are drawn from.
-SIZES = {
-    "weights": {"hidden_size": 64, "intermediate_size": 4000, "num_hidden_layers": 3},
-    "cache": {"num_hidden_layers": 6, "num_key_value_heads": 4},
-    "logits": {"vocab_size": 5000},
-}
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("largest", SIZES)
-def test_memory_is_the_budgeted_whatever_the_number_of_prompts(
-    tmp_path, tensor_bytes, largest, dtype
-):
-    config = LLAMA | SIZES[largest]
-    llm = model.load_model(write_checkpoint(tmp_path / "x", config, dtype=dtype), dtype=dtype)
-    length, slots, peaks = 200, 16, []
-    _, cache = sample.plan_slots(llm, length, slots)
-    drawing = slots * config["vocab_size"] * sample.DRAW_BYTES
-    budget = sum(p.nbytes for p in llm.parameters()) + cache + drawing
-    for count in (2, 4, 40):
-        prompts = [[count, i, *range(2, 2 + i % 9)] for i in range(count)]
-        with tensor_bytes(llm) as tensors:
-            sample.generate(llm, prompts, 8, 12, decoder=sample.Decoder(llm, slots, length))
-        peaks.append(tensors.peak / budget)
-    assert min(peaks) > 0.9 and max(peaks) < 1.1
-    assert max(peaks) < 1.02 * min(peaks)
-
-
-# The law
+        assert completion.finished == (completion.ids[-1] in stops)
+        assert not set(completion.ids[:-1]) & set(stops)
 
 
 def nucleus(logits, temperature, top_p):
@@ -160,268 +94,432 @@ def chi_square_is_likely(counts, law):
     return abs(z) < 4
 
 
-@pytest.mark.parametrize(
-    "temperature, top_p", [(0.8, 0.95), (1.0, 1.0), (1.7, 0.5), (5.0, 0.99), (0.3, 0.3)]
-)
-def test_the_first_tokens_law(temperature, top_p, llm):
-    """20,000 draws against softmax(logits / T) cut at top-p; nothing outside the nucleus."""
-    prompt, draws = [4, 8, 15, 16, 23, 42], 20_000
+def exact_logits(llm, tokens):
     with torch.no_grad():
-        logits = llm(torch.tensor([prompt]))[0, -1].double().numpy()
-    (row,) = sample.generate(llm, [prompt], draws, 1, temperature, top_p, seed=3)
-    counts = np.bincount([c.ids[0] for c in row], minlength=97)
-    law = nucleus(logits, temperature, top_p)
-    assert counts.sum() == draws
-    assert counts[law == 0].sum() == 0
+        return llm(torch.tensor([tokens]))[0, -1].double().numpy()
+
+
+LAWS = [(0.8, 0.95), (1.0, 1.0), (1.7, 0.5), (5.0, 0.99), (0.3, 0.3)]
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("temperature, top_p", LAWS)
+def test_the_first_tokens_law(temperature, top_p, llm):
+    """8,000 draws against softmax(logits / T) cut at top-p; nothing outside the nucleus."""
+    prompt, draws = [4, 8, 15, 16, 23, 42], 8000
+    (own,) = sample.generate(llm, [prompt], draws, 1, temperature, top_p, seed=3)
+    counts = np.bincount([c.ids[0] for c in own], minlength=97)
+    law = nucleus(exact_logits(llm, prompt), temperature, top_p)
+    assert counts.sum() == draws and counts[law == 0].sum() == 0
     if (law > 0).sum() > 1:
         assert chi_square_is_likely(counts, law)
     if top_p == 1:
         assert (law > 0).all()
 
 
+@decodes
+@pytest.mark.reference
 def test_the_second_tokens_law(llm):
     """Given the first token, the second follows its own law: the streams do not repeat."""
     prompt = [9, 9]
-    (row,) = sample.generate(llm, [prompt], 8000, 2, 2.0, 1.0, seed=1)
-    firsts = np.bincount([c.ids[0] for c in row], minlength=97)
-    first = int(firsts.argmax())
-    with torch.no_grad():
-        logits = llm(torch.tensor([[*prompt, first]]))[0, -1].double().numpy()
-    counts = np.bincount([c.ids[1] for c in row if c.ids[0] == first], minlength=97)
+    (own,) = sample.generate(llm, [prompt], 8000, 2, 2.0, 1.0, seed=1)
+    first = int(np.bincount([c.ids[0] for c in own]).argmax())
+    counts = np.bincount([c.ids[1] for c in own if c.ids[0] == first], minlength=97)
     assert counts.sum() > 200
-    assert chi_square_is_likely(counts, nucleus(logits, 2.0, 1.0))
+    assert chi_square_is_likely(counts, nucleus(exact_logits(llm, [*prompt, first]), 2.0, 1.0))
 
 
-def test_draw_where_the_nucleus_is_wider_than_the_candidates():
-    """A flat law over 1,000 tokens: the nucleus is far wider than the partial sort."""
-    rng = np.random.default_rng(0)
-    logits = torch.from_numpy(rng.normal(0, 0.1, (1, 1000)).astype(np.float32))
-    uniforms = torch.from_numpy(rng.random(8000))
-    ids = sample.draw(logits.expand(8000, -1), uniforms, 1.0, 0.6)
-    law = nucleus(logits[0].double().numpy(), 1.0, 0.6)
-    counts = np.bincount(ids, minlength=1000)
-    assert (law > 0).sum() > 3 * sample.CANDIDATES
-    assert counts[law == 0].sum() == 0 and chi_square_is_likely(counts, law)
+@pytest.mark.reference
+@pytest.mark.parametrize("spread", [8, 0.5])
+def test_equal_tokens(spread):
+    """Ten values shared by 1,000 tokens. In a wide nucleus equal ones rank by their ids.
 
-
-def test_equal_tokens_rank_by_their_ids():
-    """Ten values shared by 1,000 tokens: every id is that of a stable sort, taken by its rank."""
+    In a narrow one, drawn from a partial sort, any of the equal ones may stand for another.
+    """
     rng = np.random.default_rng(1)
-    logits = torch.from_numpy(rng.integers(0, 10, (300, 1000)).astype(np.float32) / 8)
+    logits = torch.from_numpy(rng.integers(0, 10, (300, 1000)).astype(np.float32) / spread)
+    if spread < 1:  # few tokens of each of the high values
+        logits -= torch.from_numpy(40 * (rng.random((300, 1000)) > 0.02).astype(np.float32))
     uniforms = rng.random(300)
     ids = sample.draw(logits, torch.from_numpy(uniforms), 1.0, 0.9)
     for row, uniform, token in zip(logits.double().softmax(-1).numpy(), uniforms, ids, strict=True):
         order = np.argsort(-row, kind="stable")
         cdf = row[order].cumsum()
         kept = 1 + (cdf[:-1] < 0.9).sum()
-        assert token == order[np.searchsorted(cdf[:kept], uniform * cdf[kept - 1], side="right")]
-
-
-def test_draw_mixes_narrow_and_wide_rows():
-    """Rows whose nuclei differ in width draw in one call what each draws alone."""
-    rng = np.random.default_rng(2)
-    logits = torch.from_numpy(rng.normal(0, 1, (50, 500)) * np.linspace(0.01, 9, 50)[:, None])
-    uniforms = torch.from_numpy(rng.random(50))
-    together = sample.draw(logits, uniforms, 0.8, 0.95)
-    alone = [sample.draw(logits[i : i + 1], uniforms[i : i + 1], 0.8, 0.95) for i in range(50)]
-    assert [[token] for token in together] == alone
+        expected = order[np.searchsorted(cdf[:kept], uniform * cdf[kept - 1], side="right")]
+        assert row[token] == row[expected] and (kept > 64) == (spread > 1)
+        assert spread < 1 or token == expected
 
 
 @pytest.mark.parametrize("top_p", [1e-6, 0.5, 0.95, 1.0])
 def test_draw_at_the_ends_of_the_stream(top_p):
-    logits = torch.tensor([[0.0, 3.0, -1.0, 1.0, -np.inf]] * 2)
-    uniforms = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
-    first, last = sample.draw(logits, uniforms, 1.0, top_p)
-    law = nucleus(logits[0].double().numpy(), 1.0, top_p)
-    assert law[first] > 0 and law[last] > 0
-    if (law > 0).sum() > 1:
-        assert first != last
+    """The least and the most that a stream gives: no token without probability, none beyond."""
+    logits = np.random.default_rng(3).normal(0, 2, (200, 6)).astype(np.float32)
+    logits[:, [0, -1]] = -np.inf
+    for uniform in (0.0, 1 - 2**-53):
+        uniforms = torch.full((200,), uniform, dtype=torch.float64)
+        ids = sample.draw(torch.from_numpy(logits), uniforms, 1.0, top_p)
+        for row, token in zip(logits.astype(np.float64), ids, strict=True):
+            kept = np.flatnonzero(nucleus(row, 1.0, top_p))
+            ranked = kept if top_p == 1 else kept[np.argsort(-row[kept])]
+            assert token == ranked[-1 if uniform else 0]
+
+
+def test_a_temperature_too_small_to_divide_by_is_greedy():
+    logits = torch.tensor([[1.0, 3.0, 2.0]])
+    uniforms = torch.tensor([0.9], dtype=torch.float64)
+    for temperature in (0, 1e-300, 1e-40, 9e-7):
+        assert sample.draw(logits, uniforms, temperature, 1.0) == [1]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("top_p", [0.95, 1.0])
-@pytest.mark.parametrize("temperature", [0, 0.8])
-def test_logits_that_are_not_finite_are_refused(bad, top_p, temperature):
+@pytest.mark.parametrize("temperature, top_p", [(0, 0.95), (0.8, 0.95), (0.8, 1.0)])
+def test_logits_that_are_not_finite_are_refused(bad, temperature, top_p):
     logits = torch.zeros(3, 100)
     logits[1, 7] = bad
-    with pytest.raises(model.InputError, match="finite"):
+    with pytest.raises(lm.InputError, match="NaN or infinity, expected finite"):
         sample.draw(logits, torch.full((3,), 0.5, dtype=torch.float64), temperature, top_p)
 
 
-class ReadValues(TorchDispatchMode):
-    """Collects the calls that must wait for a device, since Python asks for a tensor's values."""
-
-    WAITING = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func in self.WAITING:
-            self.calls.append(func)
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("temperature, top_p", [(0, 1.0), (0.8, 1.0), (0.8, 0.95)])
-def test_a_draw_waits_for_nothing_but_its_tokens(temperature, top_p):
-    logits = torch.randn(6, 500, generator=torch.Generator().manual_seed(0)) * 9
-    with ReadValues() as read:
-        ids = sample.draw(logits, torch.full((6,), 0.5, dtype=torch.float64), temperature, top_p)
-        assert len(ids) == 6 and not read.calls
-        logits.amax().isfinite().item()  # the mode sees a wait
-    assert read.calls
-
-
-# Independence
-
-
-@pytest.fixture(scope="module")
-def alone(llm):
-    """What prompt 1 draws in a batch of two prompts, three samples each, one slot."""
-    rng = np.random.default_rng(8)
-    prompts = [rng.integers(0, 97, n).tolist() for n in (5, 3, 40, 1)]
-    return prompts, generate(llm, prompts[:2], 3, slots=1)
+PROMPTS = [np.random.default_rng(8).integers(0, 97, n).tolist() for n in (5, 3, 40, 1)]
 
 
 def generate(llm, prompts, samples, slots, **options):
     options = {"max_new_tokens": 20, "temperature": 1.0, "top_p": 0.9, **options}
     stops = {"stop_ids": [1, 2, 3, 4, 5, 6]}
-    held = decoder(llm, slots) if slots else None
-    return ids(sample.generate(llm, prompts, samples, **options, **stops, seed=7, decoder=held))
+    held = decoder_of(llm, slots) if slots else None
+    return drawn(sample.generate(llm, prompts, samples, **options, **stops, seed=7, decoder=held))
 
 
+@pytest.fixture(scope="module")
+def alone(llm):
+    """What prompts 0 and 1 draw, three samples each, in one slot."""
+    return generate(llm, PROMPTS[:2], 3, slots=1)
+
+
+@decodes
 @pytest.mark.parametrize("slots", [1, 2, 3, 5, 16, 100, None])
 def test_draws_do_not_depend_on_the_batch(slots, llm, alone):
     """Other prompts and more samples join, at any number of slots, one and too many included."""
-    prompts, expected = alone
-    ends = {len(tokens) for row in expected for tokens, _ in row}
+    ends = {len(tokens) for own in alone for tokens, _ in own}
     assert len(ends) > 2, "the rows should end at different steps"
-    made = generate(llm, prompts, 6, slots)
-    assert [row[:3] for row in made[:2]] == expected
-    long = [tuple(tokens) for row in made for tokens, _ in row if len(tokens) > 3]
+    made = generate(llm, PROMPTS, 6, slots)
+    assert [own[:3] for own in made[:2]] == alone
+    long = [tuple(tokens) for own in made for tokens, _ in own if len(tokens) > 3]
     assert len(long) > 15 and len(set(long)) == len(long), "no two completions share their draws"
 
 
-def test_a_run_goes_on_with_the_same_draws(llm, alone):
-    prompts, expected = alone
-    later = generate(llm, prompts[1:], 3, 4, first_prompt=1)
-    assert later[0] == expected[1]
+@decodes
+@pytest.mark.parametrize("slots", [5, 9])
+def test_draws_do_not_depend_on_slots_sorted_by_length(slots, long_llm, monkeypatch):
+    """Rows beyond 512 positions are sorted, and parts of the slots read as many keys as they need.
+
+    Prompts of 1 to 900 tokens, the longest first; the second sort is at step 64.
+    """
+    law, sorts, reorder = (2, 70, 1.0, 0.9, [2], 7), [], lm.KVCache.reorder
+    prompts = [np.random.default_rng(n).integers(0, 97, n).tolist() for n in (900, 30, 600, 300, 1)]
+    alone = [sample.generate(long_llm, [ids], *law, names=[i]) for i, ids in enumerate(prompts)]
+
+    def watched(cache, order):
+        sorts.append(order != sorted(order))
+        reorder(cache, order)
+
+    monkeypatch.setattr(lm.KVCache, "reorder", watched)
+    held = decoder_of(long_llm, slots, 1000)
+    made = sample.generate(long_llm, prompts, *law, decoder=held)
+    assert drawn(made) == [own for part in alone for own in drawn(part)]
+    assert any(sorts) and len(sorts) > 1
 
 
+@decodes
+def test_names_are_what_the_draws_follow(llm, alone):
+    """A run that goes on with later prompts, or in another order, names them as the first did."""
+    assert generate(llm, PROMPTS[1:], 3, 4, names=[1, 2, 3])[0] == alone[1]
+    turned = generate(llm, PROMPTS[::-1], 3, 4, names=[3, 2, 1, 0])
+    assert turned[:1:-1] == alone
+    named = [generate(llm, [PROMPTS[0]] * 2, 3, 4, names=names) for names in ("ab", "ba")]
+    assert named[0] == named[1][::-1] and named[0][0] != named[0][1]
+    with pytest.raises(ValueError, match="zip"):
+        generate(llm, PROMPTS, 1, 1, names=[0])
+
+
+@decodes
 def test_a_longer_limit_only_adds(llm, alone):
-    prompts, expected = alone
-    longer = generate(llm, prompts[:2], 3, 4, max_new_tokens=33)
-    for short_row, long_row in zip(expected, longer, strict=True):
+    longer = generate(llm, PROMPTS[:2], 3, 4, max_new_tokens=33)
+    for short_row, long_row in zip(alone, longer, strict=True):
         for (short, finished), (long, _) in zip(short_row, long_row, strict=True):
             assert long == short if finished else long[:20] == short
 
 
-def test_two_seeds_differ(llm):
-    one, two = (sample.generate(llm, [[1, 2]], 2, 9, 1.0, 1.0, seed=s) for s in (0, 1))
-    assert ids(one) != ids(two)
-
-
-def test_global_random_state_is_neither_read_nor_moved(llm):
+def test_the_seed_and_nothing_else_names_the_draws(llm):
+    """Another seed differs; the global random state is neither read nor moved."""
     torch.manual_seed(0)
     state = torch.get_rng_state()
-    one = ids(sample.generate(llm, [[1, 2]], 2, 9))
-    assert torch.equal(torch.get_rng_state(), state)
+    one, two, other = (
+        drawn(sample.generate(llm, [[1, 2]], 2, 9, 1.0, 1.0, seed=seed)) for seed in (0, 0, 1)
+    )
+    assert one == two != other and torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(1)
-    assert ids(sample.generate(llm, [[1, 2]], 2, 9)) == one
+    assert drawn(sample.generate(llm, [[1, 2]], 2, 9, 1.0, 1.0)) == one
 
 
-# Ends
-
-
+@decodes
 @pytest.mark.parametrize("slots", [1, 4, None])
 def test_the_context_is_filled_to_its_last_token(slots, llm):
     """256 positions: a prompt of 255 leaves one token, one of 250 six, one of 256 is refused."""
     prompts = [[7] * 255, [8] * 250, [9]]
-    held = decoder(llm, slots) if slots else None
+    held = decoder_of(llm, slots) if slots else None
     made = sample.generate(llm, prompts, 2, 50, 1.0, 1.0, decoder=held)
-    assert [[len(c.ids) for c in row] for row in made] == [[1, 1], [6, 6], [50, 50]]
-    assert not any(c.finished for row in made for c in row)
-    with torch.no_grad():
-        logits = llm(torch.tensor([prompts[0]]))[0, -1]
-    greedy = sample.generate(llm, prompts[:1], 1, 50, 0, decoder=held)
-    assert greedy[0][0].ids == [int(logits.argmax())]
+    assert [[len(c.ids) for c in own] for own in made] == [[1, 1], [6, 6], [50, 50]]
+    assert not any(c.finished for own in made for c in own)
+    ((last,), (more,)) = sample.generate(llm, prompts[:2], 1, 50, 0, decoder=held)
+    assert last.ids == [exact_logits(llm, prompts[0]).argmax()]
+    assert more.ids[-1] == exact_logits(llm, prompts[1] + more.ids[:-1]).argmax()
     for bad in ([7] * 256, []):
-        with pytest.raises(model.InputError, match=rf"prompt 1: found {len(bad)} tokens"):
+        with pytest.raises(lm.InputError, match=rf"prompt 1: found {len(bad)} tokens, expected 1 "):
             sample.generate(llm, [[1], bad], 1, 5)
 
 
-def test_every_first_token_a_stop(llm):
-    """All rows end in the prefill: no slot is ever taken, nobody waits."""
-    made = sample.generate(llm, [[1], [2, 3]], 5, 9, stop_ids=range(97))
-    assert all(len(c.ids) == 1 and c.finished for row in made for c in row)
-
-
-def test_nothing_to_do(llm):
+def test_nothing_to_decode(llm):
+    """All rows end in the prefill: no slot is ever taken, nobody waits. And no prompt at all."""
+    held = decoder_of(llm, 3)
+    made = sample.generate(llm, [[1], [2, 3]], 5, 9, stop_ids=range(97), decoder=held)
+    assert all(len(c.ids) == 1 and c.finished for own in made for c in own) and held.steps == 0
+    assert sample.generate(llm, [], 3, 9, names=[], decoder=held) == []
     assert sample.generate(llm, [], 3, 9) == []
 
 
-def test_on_end_hears_of_every_completion_once(llm):
-    heard = []
-    made = sample.generate(
-        llm, [[1], [2, 3], [4]], 3, 9, 1.0, stop_ids=range(9), on_end=heard.append
-    )
-    assert sorted(map(id, heard)) == sorted(id(c) for row in made for c in row)
-
-
-def test_slots_are_not_wasted(llm):
+@decodes
+def test_slots_are_not_wasted_and_on_end_hears_of_every_completion_once(llm):
     """Continuous batching: 40 completions in 8 slots take few more steps than the tokens need."""
-    held = decoder(llm, 8)
-    made = sample.generate(
-        llm, [[i] for i in range(10)], 4, 40, 1.0, 1.0, stop_ids=range(8), decoder=held
-    )
-    tokens = sum(len(c.ids) - 1 for row in made for c in row)
+    held, heard = decoder_of(llm, 8), []
+    more = {"stop_ids": range(8), "decoder": held, "on_end": lambda c: heard.append((c, [*c.ids]))}
+    made = sample.generate(llm, [[i] for i in range(10)], 4, 40, 1.0, 1.0, **more)
+    tokens = sum(len(c.ids) - 1 for own in made for c in own)
     assert held.rows == tokens, "no step is spent on a row that has ended"
     assert held.steps <= tokens / 8 + 40
+    assert sorted(id(c) for c, _ in heard) == sorted(id(c) for own in made for c in own)
+    assert all(c.ids == ids for c, ids in heard), "it is told when the completion is whole"
+
+
+@decodes
+@pytest.mark.parametrize("slots, samples", [(1, 1), (2, 3), (8, 2)])
+def test_a_prompts_keys_and_values_are_let_go(slots, samples, llm, monkeypatch):
+    """None but the last prompt's are alive in a step, and none after the last one."""
+    held, prompts, alive = decoder_of(llm, slots), [], []
+    prefill, step = held.prefill, held.step
+
+    def watched_prefill(ids):
+        *kept, logits = prefill(ids)
+        prompts.append([weakref.ref(x.untyped_storage()) for x in kept])
+        return *kept, logits
+
+    def living():
+        return {i for i, refs in enumerate(prompts) if any(ref() is not None for ref in refs)}
+
+    def watched_step(*args):
+        alive.append(living() - {len(prompts) - 1})
+        return step(*args)
+
+    monkeypatch.setattr(held, "prefill", watched_prefill)
+    monkeypatch.setattr(held, "step", watched_step)
+    gc.disable()  # let go, not found by the collector
+    try:
+        made = sample.generate(llm, [[i, 9] for i in range(6)], samples, 9, 1.0, decoder=held)
+        after = living()
+    finally:
+        gc.enable()
+    assert len(made) == len(prompts) == 6 and alive and not any(alive) and not after
+
+
+# What most of the memory is: weights, the cache, or the logits that are drawn from.
+SIZES = {
+    "weights": {"hidden_size": 64, "intermediate_size": 4000, "num_hidden_layers": 3},
+    "cache": {"num_hidden_layers": 6, "num_key_value_heads": 4},
+    "logits": {"vocab_size": 5000},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("largest", SIZES)
+def test_memory_is_the_budgeted_whatever_the_number_of_prompts(
+    tmp_path, tensor_bytes, largest, dtype
+):
+    config = LLAMA | SIZES[largest]
+    llm = lm.load_model(write_checkpoint(tmp_path / "x", config, dtype=dtype), dtype=dtype)
+    length, slots, peaks = 200, 16, []
+    cache = slots * length * lm.KVCache.bytes_per_token(llm.config, dtype)
+    drawing = slots * config["vocab_size"] * sample.DRAW_BYTES
+    budget = sum(p.nbytes for p in llm.parameters()) + cache + drawing
+    for count in (2, 8):
+        prompts = [[count, i, *range(2, 2 + i % 9)] for i in range(count)]
+        with tensor_bytes(llm) as tensors:
+            held = sample.Decoder(llm, slots, length)
+            assert held.cache.k.nbytes + held.cache.v.nbytes == cache
+            sample.generate(llm, prompts, 8, 8, decoder=held)
+        peaks.append(tensors.peak / budget)
+    assert min(peaks) > 0.9 and max(peaks) < 1.1
+    assert max(peaks) < 1.02 * min(peaks)
+
+
+def test_slots_are_planned_by_the_bytes(llm):
+    """A slot of 100 positions: keys and values, 2 layers, 2 heads of 8, float32."""
+    slot = 2 * 2 * 2 * 8 * 4 * 100
+    budget = slot / lm.GIB
+    cases = [(None, 5, 5), (None, 9999, sample.MOST_SLOTS)]
+    cases += [(10 * budget, 9999, 10), (10.99 * budget, 9999, 10), (budget, 3, 1)]
+    for memory, completions, slots in cases:
+        assert sample.plan_slots(llm, 100, completions, memory) == slots
+    for memory in (0, 0.99 * budget):
+        with pytest.raises(lm.InputError, match=r"--cache-memory: .* one sequence of 100 tokens"):
+            sample.plan_slots(llm, 100, 5, memory)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_slots_of_a_gpu_are_what_its_whole_memory_leaves(tied, monkeypatch):
+    """Llama-3-8B's numbers in bf16; of what is free at the moment nothing is asked."""
+    vocab, hidden, total = 128_256, 4096, 80 * lm.GIB
+    sizes = {"num_hidden_layers": 32, "num_key_value_heads": 8, "head_dim": 128}
+    head = {"is_cuda": True, "device": torch.device("cuda"), "dtype": torch.bfloat16}
+    weights = [SimpleNamespace(nbytes=14 * lm.GIB)] + [SimpleNamespace(nbytes=lm.GIB)] * (2 - tied)
+    model = SimpleNamespace(
+        config=SimpleNamespace(**sizes),
+        head=SimpleNamespace(**head, shape=(vocab, hidden)),
+        parameters=lambda: weights,
+    )
+    properties = SimpleNamespace(total_memory=total)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", None)
+    slot = 2 * 32 * 8 * 128 * 2 * 8192
+    room = 0.9 * total - (16 - tied) * lm.GIB - sample.MOST_SLOTS * vocab * sample.DRAW_BYTES
+    assert sample.plan_slots(model, 8192, 9999) == room // slot > 10
+    properties.total_memory = 16 * lm.GIB
+    with pytest.raises(lm.InputError, match=r"--cache-memory: .* expected 1\.00 GiB or more"):
+        sample.plan_slots(model, 8192, 9999)
+    assert sample.plan_slots(model, 8192, 9999, memory=8) == 8, "one's own budget is taken"
 
 
 # Prompts and cutting
 
-
-def test_thought_prompts_are_the_papers():
-    """Section 2.1 and Figure 2, written here a second time."""
-    query = "What is {instruction}? {}"
-    assert sample.thought_prompt(query, "none") == query
-    assert sample.thought_prompt(query, "specific") == (
-        "Respond to the following user query in a comprehensive and detailed way. But first write "
-        "down your internal thoughts. This must include your draft response and its evaluation. "
-        'After this, write your final response after "<R>".\nUser query: ' + query
-    )
-    assert sample.thought_prompt(query, "generic") == (
-        "Respond to the following user query in a comprehensive and detailed way. You can write "
-        "down your thought process before responding. Write your thoughts after "
-        '"Here is my thought process:" and write your response after "Here is my response:".\n'
-        "User query: " + query
-    )
-
-
-@pytest.mark.parametrize(
-    "text, style, expected",
-    [
-        ("  It is 4.\n", "none", ("", "It is 4.")),
-        ("a <R> b", "none", ("", "a <R> b")),
-        ("draft <R>\nIt is 4.\n", "specific", ("draft", "It is 4.")),
-        ("draft <R> one <R> two", "specific", ("draft", "one <R> two")),
-        ("<R>only", "specific", ("", "only")),
-        ("draft <R>", "specific", ("draft", "")),
-        ("draft <r> no", "specific", None),
-        ("", "specific", None),
-        ("Here is my thought process: t\n\nHere is my response: r", "generic", ("t", "r")),
-        ("t Here is my response: r", "generic", ("t", "r")),
-        ("Here is my thought process: t", "generic", None),
-        ("t <R> r", "generic", None),
-    ],
+QUERY = "What is {instruction}? {}"
+GENERIC = (  # section 2.1 and Figure 2, written here a second time
+    "Respond to the following user query in a comprehensive and detailed way. You can write down "
+    'your thought process before responding. Write your thoughts after "Here is my thought '
+    'process:" and write your response after "Here is my response:".'
 )
+SPECIFIC = (
+    "Respond to the following user query in a comprehensive and detailed way. But first write down "
+    "your internal thoughts. This must include your draft response and its evaluation. After this, "
+    'write your final response after "<R>".'
+)
+TURNS = {  # the system turn and the user's
+    "specific": (None, SPECIFIC + "\nUser query: " + QUERY),
+    "generic": (None, GENERIC + "\nUser query: " + QUERY),
+    "system": ("You are a helpful assistant. " + GENERIC, QUERY),  # draft, appendix A
+    "none": (None, QUERY),
+}
+
+
+def chat_of(tokenizer, style):
+    """The chat that asks QUERY, as text."""
+    config = SimpleNamespace(max_position_embeddings=4096)
+    ((text, ids),) = sample.make_prompts([{"instruction": QUERY}], tokenizer, style, config, "f")
+    assert ids == tokenizer.encode(text, add_special_tokens=False)
+    return text
+
+
+@pytest.mark.parametrize("style", TURNS)
+def test_thought_prompts_are_the_papers(style, tiny):
+    system, user = TURNS[style]
+    assert set(TURNS) == set(sample.THOUGHT_PROMPTS)
+    assert sample.thought_prompt(QUERY, style) == user
+    turns = {"user": user} if system is None else {"system": system, "user": user}
+    head = "<|start_header_id|>{}<|end_header_id|>\n\n"
+    chat = "".join(head.format(role) + text + "<|eot_id|>" for role, text in turns.items())
+    expected = "<|begin_of_text|>" + chat + head.format("assistant")
+    assert chat_of(lm.load_tokenizer(tiny), style) == expected
+
+
+@pytest.mark.parametrize("name", "llama3 llama3_1 llama3_2 phi3 qwen2_5".split())
+def test_the_system_prompt_stands_in_real_templates(name):
+    """Once, as text, before the instruction; the other styles hold their prompt once too."""
+    tokenizer = lm.load_tokenizer(FIXTURES / "templates" / name)
+    first, after = chat_of(tokenizer, "system").split(TURNS["system"][0])
+    assert "system" in first and after.count(QUERY) == 1 and QUERY not in first
+    for style in ("specific", "generic", "none"):
+        assert chat_of(tokenizer, style).count(TURNS[style][1]) == 1
+
+
+NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+DROPPED = "{% for m in messages if m['role'] != 'system' %}{{ m['content'] }}{% endfor %}"
+BAD_TEMPLATES = {
+    "refuses": (NO_SYSTEM + LLAMA_TEMPLATE, "TemplateError: no system"),
+    "drops": (DROPPED, "found no system role, expected one: --thought system"),
+    "none": (None, "found none, expected one in tokenizer_config.json"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TEMPLATES)
+def test_a_template_without_a_system_role_is_refused_by_name(name, tmp_path):
+    template, message = BAD_TEMPLATES[name]
+    tokenizer = lm.load_tokenizer(write_tokenizer(tmp_path, template=template))
+    with pytest.raises(lm.InputError) as caught:
+        chat_of(tokenizer, "system")
+    assert str(caught.value) == f"{tmp_path}: chat_template: {message}"
+    if template:
+        assert chat_of(tokenizer, "generic").count(GENERIC) == 1
+
+
+THOUGHT, MARKER = "Here is my thought process:", "Here is my response:"
+CUTS = [
+    ("  It is 4.\n", "none", ("", "It is 4.")),
+    ("a <R> b", "none", ("", "a <R> b")),
+    ("draft <R>\nIt is 4.\n", "specific", ("draft", "It is 4.")),
+    ("draft <R> one <R> two", "specific", ("draft", "one <R> two")),
+    ("<R>only", "specific", ("", "only")),
+    ("draft <r> no", "specific", None),
+    (f"{THOUGHT} t <R> r", "specific", (f"{THOUGHT} t", "r")),
+    (f"t {MARKER} r", "specific", None),
+    (f"{THOUGHT} t\n\n{MARKER} r", "generic", ("t", "r")),
+    (f" \n{THOUGHT}\nt {MARKER}\nr\n", "generic", ("t", "r")),
+    (f"t {MARKER} r {MARKER} s", "generic", ("t", f"r {MARKER} s")),
+    (f"a {THOUGHT} t {MARKER}", "generic", (f"a {THOUGHT} t", "")),
+    (f"t {MARKER.lower()} r", "generic", None),
+    ("t <R> r", "generic", None),
+]
+
+
+@pytest.mark.parametrize("text, style, expected", CUTS)
 def test_split_output(text, style, expected):
     assert sample.split_output(text, style) == expected
+    if style == "generic":
+        assert sample.split_output(text, "system") == expected
 
 
-# Files and the command line
+# Files
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A checkpoint with room for a thought prompt of bytes."""
+    folder = write_tokenizer(tmp_path_factory.mktemp("wide"))
+    return write_checkpoint(folder, LLAMA | {"max_position_embeddings": 1024})
+
+
+@pytest.fixture(scope="module")
+def loaded(folder):
+    return lm.load_model(folder), lm.load_tokenizer(folder)
+
+
+GIVEN = [
+    {"instruction": "Say hi.", "category": "chat", "id": 3},
+    {"prompt": "2+2?", "answer": "#### 4"},
+    {"question": "Why — 日本?", "nested": {"kept": [1, None]}},
+    {"instruction": "a", "prompt": "b", "question": "c"},
+    {"prompt": "d", "question": "e", "outputs": "taken"},
+]
+TEXTS = ["Say hi.", "2+2?", "Why — 日本?", "a", "d"]
 
 
 @pytest.fixture
@@ -437,129 +535,305 @@ def run(monkeypatch, capfd):
     return run
 
 
-@pytest.fixture
-def instructions(tmp_path):
-    rows = [
-        {"instruction": "Say hi.", "category": "chat", "id": 3},
-        {"prompt": "2+2?", "answer": "#### 4"},
-        {"question": "Why — 日本?", "nested": {"kept": [1, None]}},
-    ]
-    file = tmp_path / "instructions.jsonl"
-    file.write_text("\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
-    return file
+def write_instructions(path, rows=GIVEN):
+    listed = path.suffix == ".json"
+    lines = [json.dumps(row, ensure_ascii=listed) for row in rows]
+    path.write_text(json.dumps(rows) if listed else "\n\n".join(lines), encoding="utf-8")
+    return path
 
 
-def test_a_file_of_instructions_to_a_file_of_samples(run, tiny, instructions, tmp_path):
-    flags = ["--num-samples", 3, "--max-new-tokens", 9, "--thought", "none", "--group", 2]
-    out = tmp_path / "samples.jsonl"
-    run("--model", tiny, "--instructions", instructions, "--output", out, *flags)
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
-    given = [json.loads(line) for line in instructions.read_text().splitlines() if line]
-    tokenizer = model.load_tokenizer(tiny)
-    assert [row["instruction"] for row in rows] == ["Say hi.", "2+2?", "Why — 日本?"]
-    for row, source in zip(rows, given, strict=True):
-        assert {key: row[key] for key in source} == source, "fields not known are carried along"
-        chat = [{"role": "user", "content": row["instruction"]}]
-        assert row["prompt_ids"] == tokenizer.apply_chat_template(chat)
-        assert row["prompt_text"] == tokenizer.render_chat(chat)
-        assert row["thought_style"] == "none" and len(row["outputs"]) == 3
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_instructions_of_every_format(name, tmp_path):
+    rows = sample.read_instructions(write_instructions(tmp_path / name))
+    assert [row["instruction"] for row in rows] == TEXTS
+    assert [row | {"instruction": 0} for row in rows] == [g | {"instruction": 0} for g in GIVEN]
+
+
+@pytest.mark.parametrize("style", ["none", "specific", "system"])
+def test_a_file_of_instructions_to_a_file_of_samples(style, run, folder, loaded, tmp_path):
+    llm, tokenizer = loaded
+    file, out = write_instructions(tmp_path / "instructions.jsonl"), tmp_path / "samples.jsonl"
+    flags = ["--num-samples", 3, "--max-new-tokens", 9, "--thought", style, "--group", 6]
+    run("--model", folder, "--instructions", file, "--output", out, *flags)
+    rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    for row, given, text in zip(rows, GIVEN, TEXTS, strict=True):
+        mine = {"instruction": text, "outputs": row["outputs"]}
+        assert row == given | mine | {key: row[key] for key in ("prompt_ids", "prompt_text")}
+        assert sample.thought_prompt(text, style) in row["prompt_text"]
+        assert row["prompt_ids"] == tokenizer.encode(row["prompt_text"], add_special_tokens=False)
         for output in row["outputs"]:
-            assert 0 < len(output["ids"]) <= 9
             assert output["finished"] == (output["ids"][-1] in tokenizer.stop_ids)
             assert output["text"] == tokenizer.decode(output["ids"], skip_special_tokens=True)
-            assert output["thought"] == "" and output["response"] == output["text"].strip()
-    llm = model.load_model(tiny)
+            assert output["tries"] == 1 and 0 < len(output["ids"]) <= 9
+            parts = (output["thought"], output["response"])
+            assert parts == (sample.split_output(output["text"], style) or (None, None))
+            if style == "none":
+                count = len(tokenizer.encode(output["response"], add_special_tokens=False))
+                assert (output["thought_tokens"], output["response_tokens"]) == (0, count)
     again = sample.generate(
         llm, [row["prompt_ids"] for row in rows], 3, 9, stop_ids=tokenizer.stop_ids
     )
-    assert [[o["ids"] for o in row["outputs"]] for row in rows] == [
-        [c.ids for c in row] for row in again
-    ]
+    found = [[output["ids"] for output in row["outputs"]] for row in rows]
+    assert found == [[c.ids for c in own] for own in again]
     assert {p.name for p in tmp_path.iterdir()} == {"instructions.jsonl", "samples.jsonl"}
 
 
-def test_answer_files_have_the_fields_that_the_benchmarks_read(run, tiny, tmp_path):
-    """One answer an instruction, equal to the file of samples of the same seed."""
-    file, flags = tmp_path / "instructions.jsonl", ["--thought", "none", "--max-new-tokens", 9]
+def test_special_tokens_inside_an_output_reach_no_text(loaded):
+    _, tokenizer = loaded
+    stop, start = tokenizer.stop_ids[-1], tokenizer.encode("<|start_header_id|>")[-1]
+    ids = [*tokenizer.encode("t <R>", False), start, *tokenizer.encode(" r", False), stop]
+    output = sample.read_output(sample.Completion(ids, True), tokenizer, "specific")
+    assert output["ids"] == ids and output["text"] == "t <R> r"
+    assert (output["thought"], output["response"], output["response_tokens"]) == ("t", "r", 1)
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.fixture
+def sampled(loaded, tmp_path, monkeypatch):
+    """Runs sample_file into `name` and returns the file's bytes.
+
+    most: it is killed at the group after so many. sampled.groups: how many the last call drew.
+    """
+    given = sample.read_instructions(write_instructions(tmp_path / "a.jsonl"))
+    original = sample.sample_group
+
+    def sampled(name, most=99, key=None, rows=given, **options):
+        options = {"thought": "none", "num_samples": 2, "max_new_tokens": 6, "group": 4, **options}
+        path, sampled.groups = tmp_path / name, 0
+
+        def counted(*args, **more):
+            if sampled.groups == most:
+                raise Killed
+            sampled.groups += 1
+            return original(*args, **more)
+
+        monkeypatch.setattr(sample, "sample_group", counted)
+        sample.sample_file(*loaded, rows, sample.Options(**options), path, key or {}, "a.jsonl")
+        return path.read_bytes()
+
+    return sampled
+
+
+def kill(sampled, name, most, tmp_path, **options):
+    """The file of rows that a kill leaves beside `name`."""
+    with pytest.raises(Killed):
+        sampled(name, most, **options)
+    assert not (tmp_path / name).exists()
+    (partial,) = tmp_path.glob(f"{name}.*.partial")
+    return partial
+
+
+def test_a_kill_at_any_byte_resumes_to_the_same_file(sampled, tmp_path):
+    """Groups of 2, 2 and 1 rows: whole groups stay, and what is behind them is drawn again."""
+    whole = sampled("whole")
+    ends = [i + 1 for i, byte in enumerate(whole) if byte == ord("\n")]
+    assert sampled.groups == 3 and len(ends) == 5
+    partial = kill(sampled, "b", 2, tmp_path)
+    assert partial.read_bytes() == whole[: ends[3]]
+    cuts = {0, 1, len(whole)} | {end + i for end in ends for i in (-1, 0, 1)}
+    for cut in sorted(cuts | set(random.Random(0).sample(range(len(whole)), 15))):
+        partial.write_bytes(whole[:cut])
+        assert sampled("b") == whole, cut
+        done = sum(end <= cut for end in ends)
+        # rows are kept by whole groups; the last one is whole in a file that was not yet renamed
+        assert sampled.groups == 3 - done // 2, cut
+        assert {p.name for p in tmp_path.iterdir()} == {"a.jsonl", "whole", "b"}
+        (tmp_path / "b").unlink()
+
+
+def test_a_resumed_run_forms_the_batches_of_one_never_stopped(sampled, tmp_path, monkeypatch):
+    """The same rows in the same slots at every step, so that they have the same rounding errors."""
+    steps, step, sizes = [], sample.Decoder.step, (650, 3, 560, 20, 700, 5)
+    rows = [{"instruction": chr(97 + i) * size} for i, size in enumerate(sizes)]
+    law = {"rows": rows, "max_new_tokens": 70, "temperature": 3.0}
+    monkeypatch.setattr(
+        sample.Decoder, "step", lambda self, *both: steps.append(both) or step(self, *both)
+    )
+    sampled("whole", **law)
+    whole = steps.copy()
+    kill(sampled, "b", 1, tmp_path, **law)
+    steps.clear()
+    sampled("b", **law)
+    assert 0 < len(steps) < len(whole) and steps == whole[-len(steps) :]
+
+
+OTHERS = [{"seed": 1}, {"temperature": 0.5}, {"top_p": 0.5}, {"num_samples": 1}]
+OTHERS += [{"max_new_tokens": 7}, {"thought": "generic"}, {"group": 2}, {"resample": 1}]
+OTHERS += [{"cache_memory": 1.0}, {"key": {"model": "another"}}]
+
+
+def test_other_options_do_not_take_a_killed_runs_rows(sampled, tmp_path):
+    partial = kill(sampled, "b", 1, tmp_path)
+    left = partial.read_bytes()
+    for i, options in enumerate(OTHERS):
+        expected = sampled(f"whole-{i}", **options)
+        groups = sampled.groups
+        assert sampled("b", **options) == expected and sampled.groups == groups, options
+        assert partial.read_bytes() == left, options
+        (tmp_path / "b").unlink()
+    made = sampled("b")
+    assert sampled.groups == 2 and not partial.exists(), "its own are still taken"
+    assert sampled("b") == made and sampled.groups == 0, "a file that is there is done"
+
+
+@pytest.fixture
+def often_cut(monkeypatch):
+    """A marker that some of the tiny model's outputs hold."""
+    monkeypatch.setitem(sample.RESPONSE_MARKERS, "specific", "\x03")
+
+
+def outputs_of(data):
+    return [output for line in data.splitlines() for output in json.loads(line)["outputs"]]
+
+
+def test_what_cannot_be_cut_is_sampled_again(sampled, often_cut, tmp_path):
+    """First tries stay, tries are recorded, each has a stream of its own, and more only add."""
+    law = {"thought": "specific", "num_samples": 8, "max_new_tokens": 12, "group": 16}
+    tries = [outputs_of(sampled(f"{n}", resample=n, **law)) for n in (0, 1, 3)]
+    first, once, thrice = tries
+    failed = [o["response"] is None for o in first]
+    assert 5 < sum(failed) < len(failed) - 5 and {o["tries"] for o in first} == {1}
+    for before, after, limit in ((first, once, 2), (once, thrice, 4)):
+        for old, new in zip(before, after, strict=True):
+            assert new == old if old["response"] is not None else new["ids"] != old["ids"]
+            assert new["tries"] == limit if new["response"] is None else new["tries"] <= limit
+    assert len({o["tries"] for o in thrice}) > 2
+    assert sum(o["response"] is None for o in thrice) < sum(failed) / 2
+    again = [tuple(o["ids"]) for o in first + once if o["response"] is None or o["tries"] > 1]
+    assert len(set(again)) == len(again), "no two tries share their draws"
+    law["group"] = 1
+    kill(sampled, "b", 3, tmp_path, resample=3, **law)
+    assert outputs_of(sampled("b", resample=3, **law)) == thrice and sampled.groups == 2
+
+
+def test_answer_files_have_the_fields_that_the_benchmarks_read(run, folder, often_cut, tmp_path):
+    """One answer an instruction, tried up to four times: as samples of these options."""
     rows = [{"instruction": "Hi", "dataset": "koala", "uid": "a"}, {"prompt": "2+2?", "uid": "b"}]
-    model.write_jsonl(file, rows)
+    file = write_instructions(tmp_path / "a.jsonl", rows)
+    flags = ["--model", folder, "--instructions", file, "--max-new-tokens", 30]
     for form in ("jsonl", "alpaca_eval", "arena_hard"):
-        count = ["--num-samples", 1] if form == "jsonl" else []
-        out = ["--output", tmp_path / form, "--format", form]
-        run("--model", tiny, "--instructions", file, *out, *count, *flags)
-    (one,), (two,) = (row["outputs"] for _, row in model.read_jsonl(tmp_path / "jsonl"))
-    assert json.loads((tmp_path / "alpaca_eval").read_text()) == [
-        {
-            "dataset": "koala",
-            "instruction": "Hi",
-            "output": one["response"],
-            "generator": str(tiny),
-        },
-        {"instruction": "2+2?", "output": two["response"], "generator": str(tiny)},
+        count = ["--num-samples", 1, "--resample", 3] if form == "jsonl" else []
+        run(*flags, "--output", tmp_path / form, "--format", form, *count)
+    (one,), (two,) = (row["outputs"] for _, row in lm.read_jsonl(tmp_path / "jsonl"))
+    name, texts = str(folder), [output["response"] or "" for output in (one, two)]
+    assert json.loads((tmp_path / "alpaca_eval").read_text(encoding="utf-8")) == [
+        {"dataset": "koala", "instruction": "Hi", "output": texts[0], "generator": name},
+        {"instruction": "2+2?", "output": texts[1], "generator": name},
     ]
-    first, second = (row for _, row in model.read_jsonl(tmp_path / "arena_hard"))
-    assert (first["uid"], first["metadata"]) == ("a", {"token_len": one["response_tokens"]})
-    assert second["model"] == str(tiny) and second["messages"] == [
+    first, second = (row for _, row in lm.read_jsonl(tmp_path / "arena_hard"))
+    assert (first["uid"], first["metadata"]) == ("a", {"token_len": one["response_tokens"] or 0})
+    assert second["model"] == name and second["messages"] == [
         {"role": "user", "content": "2+2?"},
-        {"role": "assistant", "content": {"answer": two["response"]}},
+        {"role": "assistant", "content": {"answer": texts[1]}},
     ]
-    assert not list(tmp_path.glob("*.samples*"))
-    uncut = {
-        "uid": "c",
-        "instruction": "x",
-        "outputs": [{"response": None, "response_tokens": None}],
-    }
-    assert sample.alpaca_eval_row(uncut, "m")["output"] == ""
-    assert sample.arena_hard_row(uncut, "m")["metadata"]["token_len"] == 0
-    model.write_jsonl(file, [*rows[:1], {"prompt": "2+2?"}])
-    with pytest.raises(model.InputError, match=r"jsonl: instruction 2: found no uid, expected one"):
-        run("--model", tiny, "--instructions", file, "--output", tmp_path / "a", *out[2:])
+    assert {p.name for p in tmp_path.iterdir()} == {"a.jsonl", "jsonl", "alpaca_eval", "arena_hard"}
+    row, uncut = {"uid": "c", "instruction": "x"}, {"response": None, "response_tokens": None}
+    assert sample.answer_row(row, uncut, "alpaca_eval", "m")["output"] == ""
+    assert sample.answer_row(row, uncut, "arena_hard", "m")["metadata"]["token_len"] == 0
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("a.json", '{"instruction": "x"}', "a.json: found a dict, expected a list of JSON objects"),
-        ("a.json", '[{"prompt": "x"}, 3]', "a.json:2: found 3, expected a JSON object"),
-        ("a.jsonl", '\n{"text": "x"}', "a.jsonl:2: found no text, expected one under instruction"),
-        ("a.jsonl", '{"question": " "}', "a.jsonl:1: question: found ' ', expected a text"),
-        ("a.jsonl", '{"prompt": 3}', "a.jsonl:1: prompt: found 3, expected a text"),
-        ("a.jsonl", "\n", "a.jsonl: found no instruction, expected at least one"),
-    ],
-)
+def refused(call, *args):
+    with pytest.raises(lm.InputError) as caught:
+        call(*args)
+    return str(caught.value)
+
+
+BAD_INSTRUCTIONS = [
+    ("a.json", b'{"instruction": "x"}', "a.json: found a dict, expected a JSON list"),
+    ("a.json", b'[{"prompt": "x"}, 3]', "a.json:2: found 3, expected a JSON object"),
+    ("a.json", b"[", "a.json: not UTF-8 JSON"),
+    ("a.jsonl", b"[1]", "a.jsonl:1: found a list, expected a JSON dict"),
+    ("a.jsonl", b'\n{"text": "x"}', "a.jsonl:2: found None, expected a text under instruction"),
+    ("a.jsonl", b'{"question": " "}', "a.jsonl:1: found ' ', expected a text under"),
+    ("a.jsonl", b'{"instruction": null, "prompt": "x"}', "a.jsonl:1: found None"),
+    ("a.jsonl", b'{"prompt": "x"}\n{"prompt', "a.jsonl:2: not UTF-8 JSON"),
+    ("a.jsonl", b'{"prompt": "\xff"}', "a.jsonl:1: not UTF-8 JSON"),
+    ("a.jsonl", b'{"prompt": "\\ud800"}', "a.jsonl:1: "),
+    ("a.jsonl", b"\n", "a.jsonl: found no instruction, expected at least one"),
+]
+
+
+@pytest.mark.parametrize("name, text, message", BAD_INSTRUCTIONS)
 def test_bad_instructions_are_refused(name, text, message, tmp_path):
-    (tmp_path / name).write_text(text)
-    with pytest.raises(model.InputError) as caught:
-        sample.read_instructions(tmp_path / name)
-    assert message in str(caught.value)
+    (tmp_path / name).write_bytes(text)
+    assert message in refused(sample.read_instructions, tmp_path / name)
 
 
 def test_a_prompt_beyond_the_context_is_refused_by_its_place(tiny):
-    options = sample.Options(thought="none")
     rows = [{"instruction": "x"}, {"instruction": "y" * 300}]
-    tokenizer, config = model.load_tokenizer(tiny), model.read_config(tiny)
-    expected = r"f: the prompt of instruction 2: found 3\d\d tokens, expected 1 to 255"
-    with pytest.raises(model.InputError, match=expected):
-        sample.make_prompts(rows, tokenizer, options, config, "f")
+    tokenizer, config = lm.load_tokenizer(tiny), lm.read_config(tiny)
+    message = refused(sample.make_prompts, rows, tokenizer, "none", config, "f")
+    expected = "f: the prompt of instruction 2: found {} tokens, expected 1 to 255"
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": "y" * 300}])
+    assert message == expected.format(len(chat))
 
 
-def test_one_instruction_to_the_terminal(run, tmp_path):
-    folder = write_checkpoint(write_tokenizer(tmp_path), LLAMA | {"max_position_embeddings": 400})
-    assert run("--model", folder, "Hi", "--thought", "none", "--max-new-tokens", 5).out.strip()
-    hidden = run("--model", folder, "Hi", "--max-new-tokens", 5)
-    assert "no response could be cut" in hidden.err and "--show-thought" in hidden.err
-    assert not hidden.out.strip()
-    assert run("--model", folder, "Hi", "--max-new-tokens", 5, "--show-thought").out.strip()
+FILES = "--model {model} --instructions {file} --output {out} "
+COMMANDS = [
+    ("Hi", "the command: found the following arguments are required: --model"),
+    ("--model {model} --nonsense Hi", "the command: found unrecognized arguments: --nonsense"),
+    ("--model {file} Hi", "a.jsonl: no such folder"),
+    ("--model {model} --instructions {file}", "--instructions and --output: found one of them"),
+    (FILES + "Hi", "an instruction: found --output too, expected only one"),
+    (FILES + "--output {file}", "a.jsonl: found a file or no folder"),
+    (FILES + "--instructions {out}", "No such file or directory"),
+    (FILES + "--format arena_hard", "a.jsonl: instruction 1: found no uid, expected one"),
+    (FILES + "--format x", "argument --format: invalid choice: 'x'"),
+    (FILES + "--cache-memory 0.000001", "--cache-memory: found 0.00 GiB"),
+    (FILES + "--num-samples 0", "--num-samples: found 0, expected a number from 1"),
+    (FILES + "--top-p 0", "--top-p: found 0.0, expected a number from 1e-06 to 1"),
+    (FILES + "--top-p nan", "--top-p: found nan"),
+    (FILES + "--temperature -1", "--temperature: found -1.0, expected"),
+    (FILES + "--cache-memory inf", "--cache-memory: found inf, expected"),
+]
+
+
+@pytest.mark.parametrize("command, message", COMMANDS)
+def test_a_refused_command_ends_in_one_line(command, message, folder, tmp_path, monkeypatch, capfd):
+    file = write_instructions(tmp_path / "a.jsonl")
+    before = file.read_bytes()
+    names = {"model": folder, "file": file, "out": tmp_path / "out"}
+    words = [word.format(**names) for word in command.split()]
+    monkeypatch.setattr(sys, "argv", ["sample.py", *words])
+    monkeypatch.setattr("signal.signal", lambda *args: None)
+    with pytest.raises(SystemExit) as caught:
+        lm.run_main(sample.main)
+    out, error = capfd.readouterr()
+    assert caught.value.code == 2 and out == "" and error.count("\n") == 1
+    assert error.startswith("sample.py: error: ") and message in error
+    assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"] and file.read_bytes() == before
 
 
 @pytest.mark.parametrize("text", ["", " \n", "a\udcff"])
 def test_an_instruction_that_is_no_text(text, run, tiny):
-    with pytest.raises(model.InputError, match="instruction: found"):
-        run("--model", tiny, text)
+    assert "found" in refused(run, "--model", tiny, text)
 
 
-def test_the_command_ends_in_one_line_and_status_2(tmp_path):
-    command = [sys.executable, sample.__file__, "--model", "no/such/folder", "Hi"]
-    made = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=100)
-    assert made.returncode == 2 and made.stdout == ""
-    assert made.stderr == "sample.py: error: no/such/folder: no such folder\n"
+def test_one_instruction_to_the_terminal(run, folder, often_cut):
+    flags = ["--model", folder, "Hi", "--max-new-tokens", 40]
+    plain = run(*flags, "--thought", "none")
+    assert plain.out.strip() and not plain.err
+    uncut, hint = "no response could be cut", "; --show-thought shows the output whole\n"
+    cut = run(*flags).out  # tried up to four times
+    assert cut.strip() and not cut.startswith(uncut)
+    both = run(*flags, "--show-thought").out
+    assert both.endswith(cut) and len(both) > len(cut) and "\033" not in both
+    short = [*flags[:-1], 1, "--temperature", 0]
+    assert run(*short).out == uncut + hint
+    thought = run(*short, "--show-thought").out
+    assert thought.endswith("\n" + uncut + "\n") and len(thought) > len(uncut) + 2
+    assert run(*flags, "--num-samples", 2, "--thought", "none").out.startswith(plain.out)
+
+
+def test_instructions_of_standard_input_one_a_line(run, folder, monkeypatch):
+    """Each is answered as alone; empty lines are passed over, the end of the input ends it."""
+    flags = ["--model", folder, "--thought", "none", "--max-new-tokens", 9]
+    alone = [run(*flags, text).out for text in ("Hi", "2+2?")]
+    assert alone[0] != alone[1]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\n\n  \n2+2?"))
+    assert run(*flags).out == "".join(alone)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    assert run(*flags).out == ""

@@ -1,295 +1,357 @@
-"""The loop, end to end on tiny random checkpoints: files, log, resume, refusals.
+"""The loop, end to end on tiny random checkpoints: files, log, what a person sees, refusals.
 
-pytest tests/test_train.py
+    pytest tests/test_train.py
+
+Kills and full disks have a folder of their own, tests/resume.
 """
 
-import argparse
-import gc
+import contextlib
 import importlib
+import io
 import json
 import math
 import os
-import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
-import faults
+import dpo
+import judge as judging
+import model as lm
+import sample
+import train
+
 import huggingface_hub
 import pytest
-from conftest import (
-    LLAMA,
-    LLAMA_TEMPLATE,
-    byte_tokenizer,
-    longer_wins,
-    write_checkpoint,
-    write_tokenizer,
-)
-from faults import contents
-
-import model
-import train
-from model import InputError, read_jsonl
-from sample import thought_prompt
+from conftest import LLAMA, write_checkpoint, write_tokenizer
+from resume.faults import contents, make_world, start
+from toy import plot, reproduce
 
 ROOT = Path(__file__).resolve().parents[1]
-REWARD = {**LLAMA, "architectures": ["LlamaForSequenceClassification"], "num_labels": 1}
-
-
-def write_lines(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+TOY = ROOT / "tests" / "toy"
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A policy and a judge of random weights, instructions, and a recipe of two iterations."""
-    folder = tmp_path_factory.mktemp("world")
-    settings = {"eos_token": "<|eot_id|>", "bos_token": "<|begin_of_text|>"}
-    for seed, (name, config) in enumerate({"policy": LLAMA, "judge": REWARD}.items()):
-        write_checkpoint(folder / name, config, seed=seed)
-        byte_tokenizer().save(str(folder / name / "tokenizer.json"))
-        settings["chat_template"] = LLAMA_TEMPLATE
-        (folder / name / "tokenizer_config.json").write_text(json.dumps(settings))
-        stops = {"eos_token_id": list(range(0, 260, 8))}  # random weights would rarely stop
-        (folder / name / "generation_config.json").write_text(json.dumps(stops))
-    for name, count in (("train", 20), ("validation", 6)):
-        rows = [
-            {"instruction": f"{name} {'x' * (i % 7)} {i}", "answer": str(i), "category": c}
-            for i, c in zip(range(count), "ab" * count, strict=False)
-        ]
-        write_lines(folder / f"{name}.jsonl", rows)
-    recipe = {
-        "model": "policy",
-        "judge": "judge",
-        "instructions": "train.jsonl",
-        "validation": "validation.jsonl",
-        "thought": "none",
-        "iterations": 2,
-        "prompts_per_iteration": 10,
-        "num_samples": 4,
-        "max_new_tokens": 24,
-        "epochs": 2,
-        "batch_size": 4,
-        "lr": 1e-3,
-        "group": 4,
-        "save_steps": 1,
-    }
-    (folder / "recipe.json").write_text(json.dumps(recipe))
-    return folder
+    return make_world(tmp_path_factory.mktemp("world"))
 
 
 def command(world, output, *flags):
-    recipe = ["--recipe", str(world / "recipe.json"), "--output", str(output)]
-    return [sys.executable, str(ROOT / "train.py"), *recipe, *map(str, flags)]
+    words = ["--recipe", world / "recipe.json", "--output", output, *flags]
+    return [str(ROOT / "train.py"), *map(str, words)]
 
 
 def run(world, output, *flags):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        command(world, output, *flags), capture_output=True, text=True, env=environment
-    )
+    """What `python train.py` prints, piped."""
+    argv = mock.patch.object(sys, "argv", command(world, output, *flags))
+    with argv, contextlib.redirect_stdout(io.StringIO()) as text:
+        train.main()
+    return text.getvalue()
+
+
+def options_of(world, *flags):
+    """The Run that a command makes, before it begins."""
+    caught = RuntimeError("begun")
+    with (
+        mock.patch.object(train, "begin", side_effect=caught) as begin,
+        pytest.raises(RuntimeError),
+    ):
+        run(world, world / "never", *flags)
+    return begin.call_args.args[0]
+
+
+def read(path):
+    return [row for _, row in lm.read_jsonl(path)]
+
+
+def rows_of(folder, stage, **fields):
+    rows = [row for row in read(folder / "log.jsonl") if row["stage"] == stage]
+    return [row for row in rows if all(row[key] == value for key, value in fields.items())]
 
 
 @pytest.fixture(scope="module")
 def finished(world, tmp_path_factory):
+    """(folder, what was printed) of a run of four iterations, as the paper's."""
     folder = tmp_path_factory.mktemp("runs") / "finished"
-    done = run(world, folder)
-    assert done.returncode == 0, done.stderr
-    return folder, done.stdout
+    return folder, run(world, folder, "--iterations", 4)
+
+
+# The run's folder
 
 
 def test_the_run_folder_holds_what_the_design_names(finished):
-    folder, output = finished
-    assert json.loads((folder / "options.json").read_text())["iterations"] == 2
-    for t in (1, 2):
+    folder, _ = finished
+    assert json.loads((folder / "options.json").read_text())["iterations"] == 4
+    for t in range(1, 5):
         names = {path.name for path in (folder / f"iteration-{t}").iterdir()}
         assert {"samples.jsonl", "scores.jsonl", "pairs.jsonl", "checkpoint"} <= names
         assert not {name for name in names if name.startswith(("epoch", "state"))}
-    rows = [row for _, row in read_jsonl(folder / "log.jsonl")]
-    validation = [row for row in rows if row["stage"] == "validation"]
-    assert [row["iteration"] for row in validation] == [0, 1, 2]
-    for row in validation:
-        assert row["thought"] == "none" and set(row["by_category"]) == {"a", "b"}
-        for key in ("score", "win_rate", "exact_match", "unparsed", "thought_tokens"):
+    assert not [path for path in folder.rglob("*") if ".partial" in path.name]
+    rows = rows_of(folder, "validation")
+    assert [row["iteration"] for row in rows] == [0, 0, 1, 2, 3, 4]
+    assert [row["thought"] for row in rows] == ["none"] + 5 * ["specific"]
+    for row in rows:
+        assert set(row["by_category"]) == {"a", "b"}
+        names = "score win_rate exact_match unparsed unparsed_left thought_tokens response_tokens"
+        for key in names.split():
             assert isinstance(row[key], (int, float)), key
-    assert validation[0]["win_rate"] == 0.5  # the seed asked directly, against itself
-    assert "iteration 2" in output and "| seed, asked directly" in output
+    assert rows[0]["win_rate"] == 0.5  # the seed asked directly, against itself
+    assert rows[0]["thought_tokens"] == 0 and rows[0]["unparsed"] == 0
 
 
 def test_iterations_use_fresh_instructions_and_train_on_what_they_sampled(finished):
     folder, _ = finished
     used = []
-    for t in (1, 2):
-        samples = [row for _, row in read_jsonl(folder / f"iteration-{t}" / "samples.jsonl")]
+    for t in range(1, 5):
+        samples = read(folder / f"iteration-{t}" / "samples.jsonl")
         used += [row["instruction"] for row in samples]
         by_instruction = {row["instruction"]: row for row in samples}
-        for _, pair in read_jsonl(folder / f"iteration-{t}" / "pairs.jsonl"):
+        for pair in read(folder / f"iteration-{t}" / "pairs.jsonl"):
             row = by_instruction[pair["instruction"]]
             assert pair["prompt_ids"] == row["prompt_ids"]
             ids = [output["ids"] for output in row["outputs"]]
             assert pair["chosen_ids"] in ids and pair["rejected_ids"] in ids
-    assert len(used) == len(set(used)) == 20
+    assert len(used) == len(set(used)) == 40
+
+
+def test_the_judges_row_is_what_the_files_say(finished):
+    """rho by the authors' rule, mean lengths, the share of failed outputs, and what has no pair."""
+    folder, _ = finished
+    for t in range(1, 5):
+        (row,) = rows_of(folder, "judge", iteration=t)
+        scores = read(folder / f"iteration-{t}" / "scores.jsonl")
+        pairs = read(folder / f"iteration-{t}" / "pairs.jsonl")
+        outputs = {(r["instruction"], *o["ids"]): o for r in scores for o in r["outputs"]}
+        both = [
+            [outputs[(p["instruction"], *p[f"{side}_ids"])] for side in ("chosen", "rejected")]
+            for p in pairs
+        ]
+        good = [pair for pair in both if pair[1]["response"] is not None and pair[1]["finished"]]
+        assert row["pairs"] == len(pairs)
+        assert row["failed"] == pytest.approx(1 - len(good) / len(pairs))
+        for i, side in enumerate(("chosen", "rejected")):
+            lengths = [pair[i]["response_tokens"] for pair in good]
+            mean = sum(lengths) / len(good) if good else 0
+            assert (row[f"{side}_tokens"] or 0) == pytest.approx(mean)
+        assert sum(row["no_pair"].values()) == len(scores) - len(pairs)
+        nothing = sum(all(o["response"] is None for o in r["outputs"]) for r in scores)
+        assert row["no_pair"].get("no response could be cut", 0) == nothing
+        assert [entry["rho"] for entry in row["rhos"]] == judging.RHOS
+        short = [
+            entry["rho"]
+            for entry in row["rhos"]
+            if not entry["chosen_tokens"] or entry["chosen_tokens"] <= entry["rejected_tokens"]
+        ]
+        assert row["rho"] == (short[0] if short else 0.5)
+    assert any(rows_of(folder, "judge", iteration=t)[0]["no_pair"] for t in range(1, 5))
+
+
+def test_the_kept_epoch_is_the_best(finished):
+    for t in range(1, 5):
+        epochs = rows_of(finished[0], "epoch", iteration=t)
+        (kept,) = rows_of(finished[0], "validation", iteration=t)
+        best = max(epochs, key=lambda row: (row["win_rate"], row["score"]))
+        assert kept["epoch"] == best["epoch"] and kept["win_rate"] == best["win_rate"]
+
+
+@pytest.mark.parametrize(("scores", "kept"), [((None, -3.0), 2), ((-3.0, None), 1)])
+def test_an_epoch_of_which_nothing_can_be_cut_is_below_any_score(scores, kept, world, tmp_path):
+    validate, left = train.validate, list(scores)
+
+    def validated(own, judge, path, iteration, style):
+        row = validate(own, judge, path, iteration, style)
+        return {**row, "win_rate": 0.5, "score": left.pop(0)} if iteration else row
+
+    with mock.patch.object(train, "validate", validated):
+        run(world, tmp_path, "--iterations", 1)
+    assert rows_of(tmp_path, "validation", iteration=1)[0]["epoch"] == kept
 
 
 def test_a_second_start_changes_nothing(finished, world):
-    folder, _ = finished
-    before = contents(folder)
-    again = run(world, folder)
-    assert again.returncode == 0, again.stderr
-    assert contents(folder) == before
+    before = contents(finished[0])
+    run(world, finished[0], "--iterations", 4)
+    assert contents(finished[0]) == before
 
 
-def test_killed_at_any_moment_it_ends_with_the_same_bytes(finished, world, tmp_path):
-    """SIGKILL at random moments until a run comes through; TPO_KILLS asks for more of them."""
-    folder, _ = finished
-    expected, moments = contents(folder), random.Random(0)
-    kills, wanted = 0, int(os.environ.get("TPO_KILLS", "6"))
-    for round_ in range(1000):
-        output = tmp_path / f"run-{round_}"
-        while True:
-            process = subprocess.Popen(
-                command(world, output),
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-            )
-            patience = moments.uniform(1.5, 7) if kills < wanted else 600
-            try:
-                _, stderr = process.communicate(timeout=patience)
-                assert process.returncode == 0, stderr.decode()
-                break
-            except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGKILL)
-                process.communicate()
-                kills += 1
-        assert contents(output) == expected
-        shutil.rmtree(output)
-        if kills >= wanted:
-            break
-    assert kills >= wanted
-
-
-@pytest.mark.parametrize("fault", ["kill", "full"])
-def test_stopped_at_changes_of_its_folder_it_ends_with_the_same_bytes(
-    fault, finished, world, tmp_path
-):
-    """By SIGKILL or a full disk, see faults.py; TPO_EVERY=1 stops at every change, in minutes."""
-    every = os.environ.get("TPO_EVERY", "19")
-    words = [sys.executable, faults.__file__, fault, str(finished[0]), str(tmp_path / "stopped")]
-    done = subprocess.run(
-        [*words, every, "--recipe", str(world / "recipe.json")],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    print(done.stdout)
-    changes = {"kill": 588, "full": 378}[fault]  # of the whole chain, when this was written
-    assert int(done.stdout.split()[1]) >= 0.9 * changes // int(every)
-
-
-def test_a_hub_id_is_resolved_once_a_run(world, tmp_path, monkeypatch):
-    """A run that goes on keeps to its revisions and asks the hub for nothing."""
-    asked, newest = [], "aaa"
-
-    def model_info(self, name, revision, timeout):
-        asked.append(name)
-        return huggingface_hub.ModelInfo(id=name, sha=newest, tags=[])
-
-    def download(name, revision, local_files_only, **patterns):
-        folder = tmp_path / name / "snapshots" / revision
-        if not folder.exists():
-            assert not local_files_only
-            shutil.copytree(world / name.removeprefix("org/"), folder)
-        return str(folder)
-
-    def start(*flags):
-        hub = ["--model", "org/policy", "--judge", "org/judge", "--iterations", 1, "--epochs", 1]
-        monkeypatch.setattr(sys, "argv", command(world, tmp_path / "run", *hub, *flags)[1:])
-        asked.clear()
-        model.hub_folder.cache_clear()  # as in a new process
-        train.main()
-
-    def stop(run, t):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    for flags, revision in (((), "aaa"), (("--overwrite",), "bbb")):
-        newest = revision
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(train, "judge_stage", stop)
-            start(*flags)
-        gc.collect()  # the lock of the stopped run
-        assert asked == ["org/policy", "org/judge"]
-        options = json.loads((tmp_path / "run" / "options.json").read_text())
-        assert options["model_revision"] == options["judge_revision"] == revision
-    newest = "ccc"
-    start()
-    assert not asked and (tmp_path / "run" / "iteration-1" / "checkpoint").is_dir()
-    model.hub_folder.cache_clear()
-
-
-def test_other_options_are_refused_by_name(finished, world):
-    done = run(world, finished[0], "--beta", 0.2)
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1 and "beta" in done.stderr and "0.2" in done.stderr
-
-
-def test_a_changed_file_is_refused(finished, world, tmp_path):
-    folder = tmp_path / "copy"
+def test_what_other_options_or_other_files_make_is_refused_by_name(finished, world, tmp_path):
+    same = ["--iterations", 4]
+    with pytest.raises(lm.InputError, match=r"beta: found 0\.1, expected 0\.2"):
+        run(world, finished[0], *same, "--beta", 0.2)
+    policy, rows = tmp_path / "policy", tmp_path / "validation.jsonl"
+    shutil.copytree(world / "policy", policy)
+    (policy / "generation_config.json").write_text('{"eos_token_id": [1]}')
+    rows.write_text((world / "validation.jsonl").read_text() + '{"instruction": "more"}\n')
+    folder = tmp_path / "run"
     shutil.copytree(finished[0], folder)
-    with open(folder / "iteration-1" / "samples.jsonl", "a") as file:
-        file.write("{}\n")
-    done = run(world, folder)
-    assert done.returncode == 2 and "samples.jsonl" in done.stderr
+    options = json.loads((folder / "options.json").read_text())
+    for name, path in (("model", policy), ("validation", rows)):
+        (folder / "options.json").write_text(json.dumps({**options, name: str(path)}))
+        with pytest.raises(lm.InputError, match=f"{name}_sha256"):
+            run(world, folder, *same, f"--{name}", path)
 
 
-def test_a_second_process_is_refused_and_sigterm_says_how_to_go_on(world, tmp_path):
-    words = command(world, tmp_path / "run", "--epochs", 999)  # longer than the second's start
-    first = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+def test_keep_last_leaves_one_trained_checkpoint(world, tmp_path):
+    run(world, tmp_path, "--keep", "last", "--select", "last", "--prompts-per-iteration", 4)
+    kept = [path.parent.name for path in tmp_path.glob("iteration-*/checkpoint")]
+    assert kept == ["iteration-2"]
+    assert [row["epoch"] for row in rows_of(tmp_path, "validation")[2:]] == [2, 2]
+
+
+def test_a_second_process_is_refused_and_sigterm_says_how_to_resume(world, tmp_path):
+    words = [sys.executable, *command(world, tmp_path / "run", "--epochs", 999)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    first = subprocess.Popen(words, **pipes, env=environment, text=True)
     while not (tmp_path / "run" / "options.json").exists():
         time.sleep(0.05)
-    first.send_signal(signal.SIGSTOP)  # else it may end before the second has begun
-    second = run(world, tmp_path / "run")
+    with pytest.raises(lm.InputError, match="another process is at work"):
+        run(world, tmp_path / "run", "--epochs", 999)
     first.send_signal(signal.SIGTERM)
-    first.send_signal(signal.SIGCONT)
-    assert second.returncode == 2 and "another process" in second.stderr
     _, stderr = first.communicate()
-    last = stderr.decode().strip().splitlines()[-1]
-    assert first.returncode == 130 and "the same command goes on" in last
+    assert first.returncode == 130
+    again = " ".join([Path(sys.executable).name, *words[1:]])
+    assert stderr.strip().splitlines()[-1].endswith(f"to resume: {again}")
 
 
-REFUSALS = {
-    "few instructions": (["--iterations", 3], "found 20 instructions, expected 30"),
-    "not a folder": (["--model", "/nowhere/at all"], "no such folder"),
-    "a policy as judge's head": (["--judge", "JUDGE2"], "labels"),
-    "no file": (["--instructions", "/nowhere.jsonl"], "no such file"),
-    "nan": (["--lr", "nan"], "--lr"),
-    "negative": (["--rho", "-1"], "--rho"),
-    "zero": (["--iterations", "0"], "--iterations"),
-    "device": (["--device", "cuda:77"], "--device"),
-    "overlap": (["--validation", "OVERLAP"], "also stands in"),
-    "no recipe": (["--recipe", "/nowhere.json"], "no such file"),
-}
+def test_a_hub_id_is_a_seed_too(world, tmp_path, monkeypatch):
+    def download(name, revision, **patterns):
+        return str(world / name.removeprefix("org/"))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    began = mock.patch.object(train, "tpo", side_effect=RuntimeError("begun"))
+    with began, pytest.raises(RuntimeError, match="begun"):
+        run(world, tmp_path / "run", "--model", "org/policy", "--judge", "org/judge@main")
 
 
-@pytest.mark.parametrize("name", REFUSALS)
-def test_refusals(world, tmp_path, name, monkeypatch):
-    flags, expected = REFUSALS[name]
-    overlap, two_labels = tmp_path / "overlap.jsonl", tmp_path / "judge"
-    write_lines(overlap, [{"instruction": "train  0"}])
-    shutil.copytree(world / "judge", two_labels)
-    (two_labels / "config.json").write_text(json.dumps({**REWARD, "num_labels": 2}))
-    places = {"OVERLAP": str(overlap), "JUDGE2": str(two_labels)}
-    words = [places.get(flag, str(flag)) for flag in flags]
-    monkeypatch.setattr(sys, "argv", command(world, tmp_path / "run", *words)[1:])
-    with pytest.raises(InputError) as refusal:
+# A seed that does not follow the prompt
+
+
+@pytest.fixture(scope="module")
+def stopped(world, tmp_path_factory):
+    """(folder, exit status, lines of errors) of a run whose seed never writes the marker."""
+    folder = tmp_path_factory.mktemp("runs") / "stopped"
+    recipe = world / "stopped.json"
+    values = json.loads((world / "recipe.json").read_text())
+    recipe.write_text(json.dumps({**values, "model": "without-marker"}))
+    first = start(folder, recipe)
+    assert start(folder, recipe) == first  # and so does the same command again
+    return folder, *first
+
+
+def test_a_seed_of_which_nothing_can_be_cut_stops_before_training(stopped):
+    folder, status, lines = stopped
+    assert status == 2 and len(lines) == 1 and "--thought" in lines[0]
+    assert lines[0].startswith(f"train.py: error: {folder / 'iteration-0'}/validation-specific")
+    assert not list(folder.glob("iteration-[1-9]*"))
+
+
+def test_with_fewer_than_half_cut_a_run_says_so_and_goes_on(tmp_path, capsys):
+    for cut, said in ((1, "25.0%"), (2, "")):
+        outputs = [{"response": "y" if i < cut else None} for i in range(4)]
+        lm.write_jsonl(tmp_path / "samples.jsonl", [{"outputs": [output]} for output in outputs])
+        train.check_format(tmp_path / "samples.jsonl")
+        text = capsys.readouterr().out
+        assert said in text and bool(said) == bool(text)
+
+
+def test_first_tries_and_what_is_left_are_counted(finished, world, tmp_path):
+    """unparsed is of the first tries; unparsed_left is after --resample more."""
+    for row in rows_of(finished[0], "validation"):
+        if row["iteration"]:
+            folder, name = finished[0] / f"iteration-{row['iteration']}", "validation.jsonl"
+        else:
+            folder, name = finished[0] / "iteration-0", f"validation-{row['thought']}.jsonl"
+        outputs = [r["outputs"][0] for r in read(folder / name)]
+        left = sum(output["response"] is None for output in outputs)
+        again = sum(output["tries"] > 1 and output["response"] is not None for output in outputs)
+        assert row["unparsed_left"] == pytest.approx(left / len(outputs))
+        assert row["unparsed"] == pytest.approx((left + again) / len(outputs))
+    (seed,) = rows_of(finished[0], "validation", iteration=0, thought="specific")
+    assert seed["unparsed_left"] < seed["unparsed"]
+    training = [
+        o for r in read(finished[0] / "iteration-1" / "samples.jsonl") for o in r["outputs"]
+    ]
+    assert {output["tries"] for output in training} == {1}  # what cannot be cut is to be rejected
+    run(world, tmp_path / "run", "--resample", 0, "--iterations", 1)
+    (once,) = rows_of(tmp_path / "run", "validation", iteration=0, thought="specific")
+    assert once["unparsed"] == once["unparsed_left"] == seed["unparsed"]
+
+
+# What a person sees
+
+
+def test_a_piped_run_writes_no_control_characters(finished):
+    """Neither a progress bar's nor what a model wrote: this world's writes bells."""
+    folder, text = finished
+    assert "\\u0007" in (folder / "iteration-1" / "validation.jsonl").read_text()
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", text)
+
+
+def test_the_lines_of_a_run_are_few_and_no_wider_than_a_terminal(finished, world):
+    text = finished[1]
+    lines = text.split("\n")[:-1]
+    assert len(lines) < 60
+    # A folder of a test has a name that no terminal holds.
+    ours = [line for line in lines if str(finished[0]) not in line and str(world) not in line]
+    assert len(ours) == len(lines) - 6 and max(map(len, ours)) <= 80
+    assert "4 iterations on cpu: K = 4 outputs to 10 instructions" in lines[0]
+    for name in ("seed", "judge", "run"):
+        assert any(line.startswith(f"{name} ") for line in lines[1:4])
+    direct, thinking = (
+        train.percent(rows_of(finished[0], "validation", iteration=0, thought=style)[0][key])
+        for style, key in (("none", "exact_match"), ("specific", "exact_match"))
+    )
+    assert lines[4] == f"seed: exact match {direct} asked directly, {thinking} asked to think"
+    for t in range(1, 5):
+        assert any(line.startswith(f"iteration {t} of 4") for line in lines)
+        assert sum(line.startswith(f"    iteration {t}, ") for line in lines) == 1 + 2 * (t == 4)
+    for name in ("seed, directly", "seed, to think", "iteration 4  "):
+        assert sum(line.startswith(name) for line in lines) == 1, name
+    for word in ("sampling", "judging", "DPO", "validation"):
+        assert sum(line.startswith(f"  {word} ") for line in lines) == 4
+    assert "python sample.py --model" in text and "--report" in text
+    assert "--thought none --output runs/none" in text
+
+
+def test_an_example_is_one_line_for_a_thought_and_one_for_a_response(monkeypatch):
+    def row(thought, response):
+        output = {"text": "cut\x1b[31m" * 40, "thought": thought, "response": response}
+        return {"instruction": "Why\a\n\nso?", "outputs": [output]}
+
+    rows = [(row("a\n" * 99, "b\rc\x1b"), row("d", "e")), (row(None, None), row("\a", "\a"))]
+    monkeypatch.setattr(train, "before_and_after", lambda run, t: (rows, [0, 1]))
+    first, seed, response, *last = train.example(None, 2, 0).split("\n")
+    assert (first, response) == ("    Why so?", " " * 24 + "b c")
+    assert seed == "    seed                a" + " a" * 25 + " ..." and len(seed) <= 80
+    assert last == ["    iteration 2         d", " " * 24 + "e"]
+    assert train.example(None, 2, 0, begin=False).split("\n") == last
+    # Nothing to show, and nothing that could be cut: the whole output stands for the thought.
+    assert train.example(None, 2, 1, begin=False) == "    iteration 2"
+    assert (
+        train.example(None, 2, 1).split("\n")[1].startswith("    seed                cut [31mcut")
+    )
+
+
+def test_report_shows_runs_and_their_categories(finished, capsys):
+    folder = str(finished[0])
+    with mock.patch.object(sys, "argv", ["train.py", "--report", folder, folder]):
         train.main()
-    assert expected in str(refusal.value) and "\n" not in str(refusal.value)
+    text = capsys.readouterr().out
+    assert text.count(folder) == 2 and text.count("seed, directly") == 4
+    last = rows_of(finished[0], "validation", iteration=4)[0]
+    (line,) = {line for line in text.splitlines() if line.startswith("iteration 4")}
+    low, high = (f"{100 * end:.0f}" for end in last["win_rate_interval"])
+    assert f"{100 * last['win_rate']:.1f}% ({low} to {high})" in line
+    assert f"{last['thought_tokens']:.1f}" in line and f"{last['response_tokens']:.1f}" in line
+    assert any(line.startswith("a ") for line in text.splitlines())
+
+
+# Figures
 
 
 @pytest.mark.parametrize(
@@ -306,6 +368,7 @@ def test_refusals(world, tmp_path, name, monkeypatch):
         ("", "7", False),
         (None, "7", False),
         ("7.0", "7", True),
+        ("7", 7, True),
     ],
 )
 def test_exact_match(response, answer, right):
@@ -313,14 +376,15 @@ def test_exact_match(response, answer, right):
 
 
 def validation_rows(responses, **fields):
-    counts = {"score": 1.0, "thought_tokens": 3, "response_tokens": 1}
+    counts = {"score": 1.0, "thought_tokens": 3, "response_tokens": 1, "tries": 1}
     return [
         {"instruction": "?", **fields, "outputs": [{"response": r, **counts}]} for r in responses
     ]
 
 
+@pytest.mark.reference
 def test_exact_match_has_an_interval_over_the_instructions_with_answers():
-    """81 of 263: R's prop.test(81, 263, correct = FALSE), as in test_judge.py."""
+    """81 of 263: R's prop.test(81, 263, correct = FALSE)."""
     asked = validation_rows(["7"] * 81 + ["8"] * 181 + [None], answer="7", category="sum")
     free = validation_rows(["7"] * 50, category="chat")
     rows, chat = (train.measure([(row, 1.0) for row in part]) for part in (asked + free, free))
@@ -328,26 +392,55 @@ def test_exact_match_has_an_interval_over_the_instructions_with_answers():
     assert rows["exact_match_interval"] == pytest.approx([0.2553, 0.3662], abs=6e-5)
     assert chat["exact_match"] is chat["exact_match_interval"] is None
     row = {"stage": "validation", "iteration": 1, "thought": "none", **rows}
-    table = train.report({"run": [{**row, "by_category": {"chat": chat, "sum": rows}}]})
-    assert "| run | iteration 1 | 30.8% (26 to 37) | 50.0% (44 to 56) |" in table
-    assert "| run | iteration 1 | -    | 30.8% (26 to 37) |" in table
+    row["by_category"] = {"chat": chat, "sum": rows}
+    cells = [re.split(r" {2,}", line) for line in train.report([row], True).splitlines() if line]
+    assert ["iteration 1", "30.8% (26 to 37)", "50.0% (44 to 56)"] in [c[:3] for c in cells]
+    assert ["sum", "30.8% (26 to 37)"] in cells and ["chat", "-"] in cells
+
+
+def test_where_nothing_can_be_cut_there_is_no_score_and_every_comparison_is_lost():
+    (row,) = validation_rows([None], answer="7")
+    row["outputs"][0]["score"] = None
+    measured = train.measure([(row, -2.0)])
+    assert measured["score"] is measured["thought_tokens"] is None
+    assert measured["win_rate"] == measured["exact_match"] == 0 and measured["unparsed_left"] == 1
+
+
+def longer_wins(tokenizer):
+    """In place of `generate`: verdicts of a pairwise judge that likes length.
+
+    Of two that are equally long it names both or neither. It keeps the prompts under `asked`.
+    """
+
+    def verdict(prompt):
+        a, b = (prompt.split(f"{x}'s Answer]\n")[1].split("\n[The End")[0] for x in "AB")
+        if len(a) == len(b):
+            return "[[A]] or [[B]]" if len(a) % 2 else "no idea"
+        return f"because. [[{'A' if len(a) > len(b) else 'B'}]]"
+
+    def generate(model, prompts, *law, **more):
+        texts = [tokenizer.decode(prompt) for prompt in prompts]
+        generate.asked += texts
+        return [[sample.Completion(tokenizer.encode(verdict(text)), True)] for text in texts]
+
+    generate.asked = []
+    return generate
 
 
 def test_a_pairwise_judge_compares_each_response_with_the_seeds_once(world, tmp_path, monkeypatch):
     judge, folder = write_tokenizer(tmp_path / "judge"), tmp_path / "run"
     write_checkpoint(judge, LLAMA | {"max_position_embeddings": 4096})
-    verdicts = longer_wins(model.load_tokenizer(judge))
-    monkeypatch.setattr(train.judging, "generate", verdicts)
-    flags = ["--judge", judge, "--iterations", 1, "--verdict-tokens", 4]
-    monkeypatch.setattr(sys, "argv", command(world, folder, *flags)[1:])
-    train.main()
+    verdicts = longer_wins(lm.load_tokenizer(judge))
+    monkeypatch.setattr(judging, "generate", verdicts)
+    flags = ["--judge", judge, "--iterations", 1, "--verdict-tokens", 4, "--thought", "none"]
+    run(world, folder, *flags)
     # Two orders of 6 held-out responses beside the seed's: the seed's own, and two epochs'. And
     # all orders of two of the 4 responses to 10 instructions.
     assert len(verdicts.asked) == 3 * 6 * 2 + 10 * 4 * 3
-    rows = [row for _, row in read_jsonl(folder / "log.jsonl") if row["stage"] == "validation"]
+    rows = rows_of(folder, "validation")
     assert rows[0]["win_rate"] == 0.5 and rows[0]["score"] == 0
     ours, theirs = (
-        [row["outputs"][0]["response"] for _, row in read_jsonl(folder / name)]
+        [row["outputs"][0]["response"] for row in read(folder / name)]
         for name in ("iteration-1/validation.jsonl", "iteration-0/validation-none.jsonl")
     )
     points = [(len(a) > len(b)) + (len(a) == len(b)) / 2 for a, b in zip(ours, theirs, strict=True)]
@@ -358,49 +451,182 @@ def test_a_pairwise_judge_compares_each_response_with_the_seeds_once(world, tmp_
     assert rows[1]["score"] == pytest.approx(win * (2 * sum(points) / 6 - 1), abs=1e-5)
 
 
-def test_thought_prompts_are_the_papers():
-    assert thought_prompt("{instruction}?", "none") == "{instruction}?"
-    for style, marker in (("specific", '"<R>".'), ("generic", '"Here is my response:".')):
-        text = thought_prompt("Why?", style)
-        assert text.startswith("Respond to the following user query in a comprehensive and ")
-        assert text.endswith(f"{marker}\nUser query: Why?")
+# Options and refusals
 
 
-def test_the_default_run_begins_with_the_toy_world(tmp_path):
+def test_a_recipe_is_flags_and_a_flag_wins(world, tmp_path):
+    file, names = tmp_path / "recipe.json", {"model", "lr", "reject_failed", "select"}
+    (tmp_path / "seed").mkdir()
+    values = {"model": "seed", "lr": 1e-3, "reject_failed": False, "select": None}
+    file.write_text(json.dumps(values))
+    flags = train.read_recipe(file, names)
+    assert flags == [f"--model={tmp_path / 'seed'}", "--lr=0.001", "--no-reject-failed"]
+    with pytest.raises(lm.InputError, match="'lr'"):
+        train.read_recipe(file, names - {"lr"})
+    # Of the recipe, of the defaults, and of flags that win over both.
+    own = options_of(world)
+    assert own.sampling.num_samples == 4 and own.options.instructions == str(world / "train.jsonl")
+    assert (own.options.rho, own.options.reject_failed, own.sampling.resample) == ("auto", True, 3)
+    assert own.dpo == dpo.Options(epochs=2, batch_size=8, lr=1e-3)
+    values = json.loads((world / "recipe.json").read_text())
+    for switch in (True, False):
+        (world / "switch.json").write_text(json.dumps({**values, "reject_failed": switch}))
+        recipe = ["--recipe", world / "switch.json"]
+        assert options_of(world, *recipe).options.reject_failed is switch
+        flag = "--no-reject-failed" if switch else "--reject-failed"
+        assert options_of(world, *recipe, flag, "--epochs", 7).options.reject_failed is not switch
+        assert options_of(world, *recipe, "--epochs", 7).dpo.epochs == 7
+
+
+REFUSALS = {
+    "few instructions": ("--iterations 5", "found 40 different instructions, expected 50"),
+    "no folder": ("--model /nowhere/at all", "no such folder"),
+    "labels": ("--judge JUDGE2", "labels: found 2, expected 1"),
+    "a reward model to sample": ("--model JUDGE2", "architectures"),
+    "no file": ("--instructions /nowhere.jsonl", "No such file"),
+    "no recipe": ("--recipe /nowhere.json", "No such file"),
+    "an unknown name in a recipe": ("--recipe UNKNOWN", "'colour', which is not an option"),
+    "nan": ("--lr nan", "--lr: found nan"),
+    "negative": ("--rho -1", "--rho: found -1"),
+    "words": ("--rho much", "--rho: found much, expected auto"),
+    "zero": ("--iterations 0", "--iterations: found 0, expected a number from 1"),
+    "a choice": ("--select worst", "--select"),
+    "no number": ("--epochs many", "--epochs"),
+    "an unknown option": ("--colour red", "--colour"),
+    "device": ("--device cuda:77", "--device cuda:77"),
+    "dtype": ("--dtype float16", "--dtype: found float16"),
+    "overlap": ("--validation OVERLAP", "train  0"),
+    "a long prompt": ("--validation LONG", "the prompt of instruction 2: found"),
+    "not JSON": ("--validation BROKEN", "validation.jsonl:2: not UTF-8 JSON"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_refusals(world, tmp_path, name):
+    flags, expected = REFUSALS[name]
+    two_labels, file = tmp_path / "judge", tmp_path / "validation.jsonl"
+    shutil.copytree(world / "judge", two_labels)
+    config = json.loads((two_labels / "config.json").read_text())
+    (two_labels / "config.json").write_text(json.dumps({**config, "num_labels": 2}))
+    rows = {"OVERLAP": "train  0", "LONG": "x" * 600}
+    for word, text in rows.items():
+        if word in flags:
+            lm.write_jsonl(file, [{"instruction": "one"}, {"instruction": text}])
+    if "BROKEN" in flags:
+        file.write_text('{"instruction": "one"}\n{"instruction": \n')
+    unknown = tmp_path / "recipe.json"
+    unknown.write_text('{"colour": "red"}')
+    places = {"JUDGE2": two_labels, "UNKNOWN": unknown, **dict.fromkeys(("BROKEN", *rows), file)}
+    words = [places.get(word, word) for word in flags.split(" ", 1)]
+    with pytest.raises((lm.InputError, OSError)) as refusal:
+        run(world, tmp_path / "run", *words)
+    assert expected in str(refusal.value) and "\n" not in str(refusal.value)
+    assert not (tmp_path / "run" / "iteration-1").exists()
+
+
+# The toy world
+
+
+def test_the_default_run_begins_with_the_toy_world(tmp_path, monkeypatch):
     """`python train.py`, cut short: the committed world loads, samples, judges, trains."""
-    short = ["--iterations", "1", "--prompts-per-iteration", "12", "--num-samples", "4"]
-    words = [sys.executable, str(ROOT / "train.py"), "--output", str(tmp_path / "run"), *short]
-    done = subprocess.run([*words, "--epochs", "1"], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "| seed, asked to think" in done.stdout and "iteration 1" in done.stdout
-    rows = [row for _, row in read_jsonl(tmp_path / "run" / "log.jsonl")]
-    seed = [row["thought"] for row in rows if row["stage"] == "validation"][:2]
-    assert seed == ["none", "specific"]
+    held_out = (TOY / "validation.jsonl").read_text().splitlines()[:7]
+    (tmp_path / "few.jsonl").write_text("\n".join(held_out))
+    flags = "--iterations 1 --prompts-per-iteration 6 --num-samples 4 --epochs 1".split()
+    flags += "--validation few.jsonl --micro-batch-tokens 512 --output run".split()
+    words = ["train.py", *flags]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", words)
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        train.main()
+    assert "seed, to think" in text.getvalue() and "iteration 1" in text.getvalue()
+    rows = rows_of(tmp_path / "run", "validation")
+    assert [row["thought"] for row in rows] == ["none", "specific", "specific"]
+    options = json.loads((tmp_path / "run" / "options.json").read_text())
+    recipe = json.loads((TOY / "recipe.json").read_text())
+    kept = [
+        key
+        for key in recipe
+        if key not in train.PATHS and f"--{key.replace('_', '-')}" not in words
+    ]
+    assert len(kept) > 5 and [options[key] for key in kept] == [recipe[key] for key in kept]
 
 
-def test_the_toy_judge_learns_from_a_batch_without_a_word_to_grade(monkeypatch):
-    """An answer of another length than the right one has a grade, but no word of it has."""
-    monkeypatch.syspath_prepend(ROOT / "tests" / "toy")
+def test_the_toy_world_is_small():
+    assert sum(path.stat().st_size for path in TOY.rglob("*") if path.is_file()) < 8 * 2**20
+
+
+def test_the_toy_world_is_made_from_nothing(tmp_path, monkeypatch):
+    """make.py with few examples: the instructions are the committed ones, both folders load."""
+    monkeypatch.syspath_prepend(TOY)
     make = importlib.import_module("make")
-    base = make.begin(model.LanguageModel(make.make_config(50, make.POLICY_LAYERS)))
+    small = {"HERE": tmp_path, "TEXTS": 50, "BASE": (16, 4e-3), "TUNING": (16, 1e-3)}
+    for name, value in {**small, "JUDGING": (32, 3e-3)}.items():
+        monkeypatch.setattr(make, name, value)
+    for name in ("report_policy", "report_judge"):
+        own = getattr(make, name)
+        monkeypatch.setattr(make, name, lambda *given, own=own: own(*given[:-1], given[-1][:1]))
+    monkeypatch.setattr(make.torch, "set_num_threads", lambda count: None)
+    monkeypatch.setattr(sys, "argv", ["make.py"])
+    make.main()
+    for name in ("train.jsonl", "validation.jsonl", "recipe.json"):
+        assert (tmp_path / name).read_bytes() == (TOY / name).read_bytes()
+    for name in ("policy", "judge"):
+        found, wanted = (
+            json.loads((folder / name / "config.json").read_text()) for folder in (tmp_path, TOY)
+        )
+        assert {**found, "vocab_size": wanted["vocab_size"]} == wanted
+    judging.load_judge(tmp_path / "judge").score("a", ["b"])
+
+
+def test_the_toy_judge_learns_from_a_batch_without_a_word_to_grade(tmp_path, monkeypatch):
+    """An answer of another length than the right one has a grade, but no word of it has."""
+    monkeypatch.syspath_prepend(TOY)
+    make = importlib.import_module("make")
+    base = make.begin(lm.LanguageModel(make.write_config(tmp_path, 50, make.POLICY_LAYERS)))
     judge = make.JudgeInTraining(make.Judge(base, make.JUDGE_LAYERS))
     make.grade_loss(judge, [([1, 2, 3], [math.nan, math.nan, 1.0], [-1, -1, -1])]).backward()
     assert judge.judge.score.weight.grad.abs().max() > 0
     assert all(p.grad is None or p.grad.isfinite().all() for p in judge.parameters())
 
 
-def test_the_toy_world_is_small():
-    toy = ROOT / "tests" / "toy"
-    assert sum(path.stat().st_size for path in toy.rglob("*") if path.is_file()) < 8 * 2**20
+def test_the_ablations_say_of_an_arm_that_it_stopped(finished, stopped, tmp_path, monkeypatch):
+    """An arm whose seed cannot be cut ends its own row, not the command; another is not run."""
+    folders = {"TPO": finished[0], "system prompt": stopped[0]}
+    monkeypatch.setattr(reproduce, "folder_of", lambda arm, seed: folders.get(arm, tmp_path / "no"))
+    for folder, status in ((stopped[0], 2), (finished[0], 2), (stopped[0], 1)):
+        folders["arm"], ends = folder, contextlib.nullcontext()
+        if (folder, status) != (stopped[0], 2):
+            ends = pytest.raises(SystemExit, match="arm, seed 0: why")
+        done = mock.Mock(returncode=status, stderr="warning\nwhy\n")
+        with mock.patch.object(reproduce.subprocess, "run", return_value=done), ends:
+            reproduce.train("arm", [], 0)
+    lines = reproduce.ablations([0]).splitlines()
+    rows = {line.split("|")[1].strip(): line for line in lines[2:]}
+    assert "stopped" in rows["system prompt"] and "not run" in rows["K 2"]
+    last = rows_of(finished[0], "validation", iteration=4)[0]
+    assert f"{100 * last['win_rate']:.1f}" in rows["TPO"]
+    assert len({len(line) for line in lines}) == 1
 
 
-def test_a_flag_wins_over_a_recipe_s_switch():
-    parser = argparse.ArgumentParser()
-    model.add_options(parser, train.Options)
-    for flags, expected in (
-        (["--no-reject-failed"], False),
-        (["--reject-failed"], True),
-        ([], True),
-    ):
-        values = {"reject_failed": True, **vars(parser.parse_args(flags))}
-        assert model.read_options(train.Options, values).reject_failed is expected
+def test_the_figure_draws_the_logs_series(finished, tmp_path, monkeypatch):
+    direct, rows = plot.read_run(finished[0])
+    assert direct["thought"] == "none" and [row["iteration"] for row in rows] == [0, 1, 2, 3, 4]
+    points = plot.series(rows, "win_rate")
+    assert [value for _, value, _, _ in points] == [100 * row["win_rate"] for row in rows]
+    assert points[1][2:] == tuple(100 * end for end in rows[1]["win_rate_interval"])
+    assert plot.series([{"iteration": 1, "exact_match": None}], "exact_match") == []
+    # Newcombe 1998, method 10: 56 of 70 against 48 of 80.
+    shares = [
+        {"exact_match": n / of, "exact_match_interval": judging.wilson_interval(n / of, of)}
+        for n, of in ((48, 80), (56, 70))
+    ]
+    gain = plot.gains(*({"by_category": {"a": share}} for share in shares))["a"]
+    assert gain == pytest.approx((20, 5.24, 33.39), abs=0.006)
+    output = tmp_path / "figure.svg"
+    monkeypatch.setattr(sys, "argv", ["plot.py", str(finished[0]), "--output", str(output)])
+    if importlib.util.find_spec("matplotlib"):
+        plot.main()
+        assert output.read_bytes().startswith(b"<?xml")
+    else:
+        with pytest.raises(lm.InputError, match="matplotlib: not installed"):
+            plot.main()

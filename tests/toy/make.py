@@ -23,36 +23,27 @@ import shutil
 import sys
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
-
-import torch
-import torch.nn.functional as F
-from torch import nn
+from types import SimpleNamespace
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
-
+import model as lm  # noqa: E402
 import sample  # noqa: E402
 from judge import load_judge  # noqa: E402
-from model import (  # noqa: E402
-    Config,
-    LanguageModel,
-    load_model,
-    load_tokenizer,
-    save_model,
-    write_json,
-    write_jsonl,
-)
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
+from torch import nn  # noqa: E402
 
 SEED = 0
 TRAIN, VALIDATION, TEST = 1680, 560, 140  # instructions; the last for this file's own figures
+TEXTS = 20_000  # examples of each kind of habits that the vocabulary is taken from
 BATCH = 4000  # tokens a step of the trainings below
 POSITIONS = 256
-ROPE = {"rope_type": "default", "rope_theta": 10000.0}
-SIZES = {"hidden_size": 128, "intermediate_size": 384, "num_heads": 4, "num_kv_heads": 4}
+HIDDEN, WIDE, HEADS = 128, 384, 4
 POLICY_LAYERS, JUDGE_LAYERS = 4, 7
 # Examples and learning rate of the three trainings. Policy and judge begin from one base model, as
 # public ones do.
@@ -73,9 +64,8 @@ RECIPE = {
     "lr": 7e-5,
     "beta": 0.1,
     "nll_weight": 1.0,
-    "rho": 0.25,
+    "rho": "auto",
     "thought": "specific",
-    "reject_failed": True,
 }
 
 
@@ -359,7 +349,7 @@ def example(rng, habits, held_out):
     if style != "none":
         thought, answer = think(rng, habits, category, instruction, answer, working)
         if style == "generic":
-            thought = f"{sample.GENERIC_THOUGHT_MARKER} {thought}"
+            thought = f"{sample.THOUGHT_MARKER} {thought}"
         if answer is None:
             return prompt, thought
         thought = f"{thought} {sample.RESPONSE_MARKERS[style]} "
@@ -383,8 +373,9 @@ def make_tokenizer(folder, texts):
     """
     split = pre_tokenizers.Whitespace()
     words = {word for text in texts for word, _ in split.pre_tokenize_str(text)}
-    phrases = [*sample.RESPONSE_MARKERS.values(), sample.GENERIC_THOUGHT_MARKER]
-    for style in sample.RESPONSE_MARKERS:
+    styles = ("generic", "specific")
+    phrases = [*(sample.RESPONSE_MARKERS[style] for style in styles), sample.THOUGHT_MARKER]
+    for style in styles:
         phrases += re.split(r"(?<=\.)\s", sample.thought_prompt("", style).strip())
     vocab = {word: i for i, word in enumerate([*SPECIAL, *sorted(words)])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
@@ -395,7 +386,7 @@ def make_tokenizer(folder, texts):
     tokenizer.add_special_tokens([AddedToken(t, normalized=False) for t in SPECIAL])
     tokenizer.add_tokens([AddedToken(t, normalized=False) for t in dict.fromkeys(phrases)])
     tokenizer.save(str(folder / "tokenizer.json"))
-    write_json(
+    lm.write_json(
         folder / "tokenizer_config.json",
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -408,27 +399,28 @@ def make_tokenizer(folder, texts):
             "model_max_length": POSITIONS,
         },
     )
-    write_json(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2})
+    lm.write_json(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2})
 
 
-def write_config(folder, config, architecture, **more):
-    write_json(
+def write_config(folder, vocab_size, layers, architecture="LlamaForCausalLM", **more):
+    """config.json of a policy or a judge; returns it as read_config does."""
+    lm.write_json(
         folder / "config.json",
         {
             "architectures": [architecture],
             "model_type": "llama",
-            "vocab_size": config.vocab_size,
-            "hidden_size": config.hidden_size,
-            "intermediate_size": config.intermediate_size,
-            "num_hidden_layers": config.num_layers,
-            "num_attention_heads": config.num_heads,
-            "num_key_value_heads": config.num_kv_heads,
-            "head_dim": config.head_dim,
-            "max_position_embeddings": config.max_positions,
-            "rms_norm_eps": config.norm_eps,
-            "rope_theta": config.rope["rope_theta"],
+            "vocab_size": vocab_size,
+            "hidden_size": HIDDEN,
+            "intermediate_size": WIDE,
+            "num_hidden_layers": layers,
+            "num_attention_heads": HEADS,
+            "num_key_value_heads": HEADS,
+            "head_dim": HIDDEN // HEADS,
+            "max_position_embeddings": POSITIONS,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 10000.0,
             "hidden_act": "silu",
-            "tie_word_embeddings": config.tied,
+            "tie_word_embeddings": False,
             "bos_token_id": 1,
             "eos_token_id": 2,
             "pad_token_id": 0,
@@ -436,6 +428,7 @@ def write_config(folder, config, architecture, **more):
             **more,
         },
     )
+    return lm.read_config(folder)
 
 
 # Training: one plain loop for the base model, the policy and the judge
@@ -500,29 +493,13 @@ def train(model, loss, draw, examples, lr, name):
                 print(f"  {name}: {seen:7} examples  loss {average:.3f}  {minutes:.1f} minutes")
 
 
-def make_config(vocab_size, layers):
-    return Config(
-        vocab_size=vocab_size,
-        num_layers=layers,
-        head_dim=SIZES["hidden_size"] // SIZES["num_heads"],
-        max_positions=POSITIONS,
-        norm_eps=1e-5,
-        rope=ROPE,
-        tied=False,
-        qkv_bias=False,
-        output_bias=False,
-        mlp_bias=False,
-        **SIZES,
-    )
-
-
 def begin(model):
     """Draws the weights."""
     torch.manual_seed(SEED)
     for name, weight in model.named_parameters():
         if weight.dim() == 2:
             last = name.endswith(("o_proj.weight", "down_proj.weight"))
-            scale = (2 * model.config.num_layers) ** -0.5 if last else 1.0
+            scale = (2 * model.config.num_hidden_layers) ** -0.5 if last else 1.0
             nn.init.normal_(weight, std=scale * model.config.hidden_size**-0.5)
     return model
 
@@ -546,9 +523,9 @@ class Judge(nn.Module):
 
     def __init__(self, base, layers):
         super().__init__()
-        self.config = replace(base.config, num_layers=layers)
-        grown = begin(LanguageModel(self.config))
-        for block in grown.model.layers[base.config.num_layers :]:  # at first they change nothing
+        self.config = SimpleNamespace(**{**vars(base.config), "num_hidden_layers": layers})
+        grown = begin(lm.LanguageModel(self.config))
+        for block in grown.model.layers[len(base.model.layers) :]:  # at first they change nothing
             nn.init.zeros_(block.self_attn.o_proj.weight)
             nn.init.zeros_(block.mlp.down_proj.weight)
         grown.load_state_dict(base.state_dict(), strict=False)
@@ -775,17 +752,17 @@ def main():
     validation, test = rows[:VALIDATION], rows[VALIDATION : VALIDATION + TEST]
     training = rows[VALIDATION + TEST :]
     rng.shuffle(training)
-    write_jsonl(HERE / "validation.jsonl", validation)
-    write_jsonl(HERE / "train.jsonl", training)
-    write_json(HERE / "recipe.json", RECIPE)
+    lm.write_jsonl(HERE / "validation.jsonl", validation)
+    lm.write_jsonl(HERE / "train.jsonl", training)
+    lm.write_json(HERE / "recipe.json", RECIPE)
 
     with tempfile.TemporaryDirectory() as scratch:
         source = Path(scratch)
         texts = [*OPENINGS, *CLOSINGS, *IDLE, *(f"{r['instruction']} {r['answer']}" for r in rows)]
         for habits in (SCHOOL, HABITS):
-            texts += itertools.chain(*(example(rng, habits, ()) for _ in range(20_000)))
+            texts += itertools.chain(*(example(rng, habits, ()) for _ in range(TEXTS)))
         make_tokenizer(source, texts)
-        tokenizer = load_tokenizer(source)
+        tokenizer = lm.load_tokenizer(source)
 
         def examples_of(habits):
             def draw(rng, count, _):
@@ -793,23 +770,21 @@ def main():
 
             return draw
 
-        base = begin(
-            LanguageModel(make_config(tokenizer.tokenizer.get_vocab_size(), POLICY_LAYERS))
-        )
+        words = tokenizer.tokenizer.get_vocab_size()
+        base = begin(lm.LanguageModel(write_config(source, words, POLICY_LAYERS)))
         train(base, language_loss, examples_of(SCHOOL), *BASE, "base")
         policy, judge = copy.deepcopy(base), Judge(base, JUDGE_LAYERS)
 
         train(policy, language_loss, examples_of(HABITS), *TUNING, "policy")
-        write_config(source, policy.config, "LlamaForCausalLM")
         save_new(policy, HERE / "policy", source)
-        policy = load_model(HERE / "policy")
+        policy = lm.load_model(HERE / "policy")
         report_policy(policy, tokenizer, test)
 
         def responses(rng, count, done):  # the policy's own, which take longer to make, come last
             return graded(rng, count, tokenizer, held_out, policy if done >= 0.5 else None)
 
         train(JudgeInTraining(judge), grade_loss, responses, *JUDGING, "judge")
-        write_config(source, judge.config, "LlamaForSequenceClassification", num_labels=1)
+        write_config(source, words, JUDGE_LAYERS, "LlamaForSequenceClassification", num_labels=1)
         save_new(judge, HERE / "judge", source)
         report_judge(load_judge(HERE / "judge"), policy, tokenizer, test)
     size = sum(file.stat().st_size for file in HERE.rglob("*") if file.is_file())
@@ -819,7 +794,7 @@ def main():
 def save_new(model, path, source):
     """Writes a checkpoint in 16 bits over an earlier one; `model` is rounded to what is written."""
     shutil.rmtree(path, ignore_errors=True)
-    save_model(model.half(), path, source)
+    lm.save_model(model.half(), path, source)
 
 
 if __name__ == "__main__":

@@ -24,13 +24,15 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path.insert(0, str(ROOT))
 
-from judge import win_rate_of_scores  # noqa: E402
+from judge import win_rate  # noqa: E402
 from model import read_jsonl  # noqa: E402
-from train import exact_match, markdown  # noqa: E402
+from train import exact_match  # noqa: E402
 
 MAIN_ARMS = {"TPO": [], "direct": ["--thought", "none"], "TPO, rho 0": ["--rho", "0"]}
 ABLATIONS = {
     "generic thoughts": ["--thought", "generic"],
+    "system prompt": ["--thought", "system"],
+    "rho 0.25": ["--rho", "0.25"],
     "rho 0.5": ["--rho", "0.5"],
     "K 2": ["--num-samples", "2"],
     "K 4": ["--num-samples", "4"],
@@ -56,9 +58,42 @@ def train(arm, flags, seed):
         capture_output=True,
         text=True,
     )
+    result = f"{time.monotonic() - began:.0f} s"
     if done.returncode:
-        sys.exit(f"{arm}, seed {seed}: {done.stderr.strip().splitlines()[-1]}")
-    print(f"{arm}, seed {seed}: {time.monotonic() - began:.0f} s", flush=True)
+        result = done.stderr.strip().splitlines()[-1]
+    if done.returncode and not (done.returncode == 2 and nothing_cut(output)):
+        sys.exit(f"{arm}, seed {seed}: {result}")
+    print(f"{arm}, seed {seed}: {result}", flush=True)
+
+
+def read_rows(path):
+    return [row for _, row in read_jsonl(path)] if path.exists() else []
+
+
+def nothing_cut(folder):
+    """Whether a run stopped early, as no response of the seed's outputs could be cut."""
+    rows = read_rows(folder / "iteration-0" / f"validation-{options_of(folder)['thought']}.jsonl")
+    return bool(rows) and all(row["outputs"][0]["response"] is None for row in rows)
+
+
+def is_finished(folder):
+    log = read_rows(folder / "log.jsonl")
+    done = max((row["iteration"] for row in log if row["stage"] == "validation"), default=0)
+    return done == options_of(folder)["iterations"]
+
+
+def options_of(folder):
+    """A run's options; these two where it was refused before it began."""
+    file = folder / "options.json"
+    return json.loads(file.read_text()) if file.exists() else {"thought": "", "iterations": None}
+
+
+def markdown(table):
+    """A table of cells as Markdown, the columns aligned."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in table]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 class Result:
@@ -66,15 +101,16 @@ class Result:
 
     def __init__(self, arm, seed):
         folder = folder_of(arm, seed)
-        rows = [row for _, row in read_jsonl(folder / "log.jsonl")]
-        rows = [row for row in rows if row["stage"] == "validation"]
+        log = read_rows(folder / "log.jsonl")
+        self.rhos = [row["rho"] for row in log if row["stage"] == "judge"]
+        rows = [row for row in log if row["stage"] == "validation"]
         self.seed_rows = {row["thought"]: row for row in rows if row["iteration"] == 0}
         self.rows = [row for row in rows if row["iteration"] > 0]
         self.last = self.rows[-1]
         last = folder / f"iteration-{self.last['iteration']}" / "validation-scores.jsonl"
-        self.outputs = [row for _, row in read_jsonl(last)]
+        self.outputs = read_rows(last)
         before = folder / "iteration-0" / f"validation-{self.last['thought']}-scores.jsonl"
-        self.seed_outputs = [row for _, row in read_jsonl(before)]
+        self.seed_outputs = read_rows(before)
 
     def scores(self):
         return [row["outputs"][0]["score"] for row in self.outputs]
@@ -91,6 +127,8 @@ def right(rows):
 
 def spread(values, form="+.1f", unit=""):
     values = list(values)
+    if not values:
+        return "-"
     around = f" +- {statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):{form}}{around}{unit}"
 
@@ -135,10 +173,7 @@ def findings(seeds):
         [p <= -3 for p in points],
     )
     gains = gains_over(tpo, direct)
-    wins = [
-        100 * win_rate_of_scores(a.scores(), b.scores())[0]
-        for a, b in zip(tpo, direct, strict=True)
-    ]
+    wins = [100 * win_rate(a.scores(), b.scores())[0] for a, b in zip(tpo, direct, strict=True)]
     finding(
         2,
         "Trained, thinking is 10 points above the direct baseline and wins over 55%.",
@@ -156,11 +191,13 @@ def findings(seeds):
     controlled = [change(r.lengths("response_tokens")) for r in tpo]
     grown = [r.lengths("response_tokens") for r in free]
     by_iteration = [f"{statistics.mean(column):.1f}" for column in zip(*grown, strict=True)]
+    rhos = [f"{statistics.mean(column):.2f}" for column in zip(*(r.rhos for r in tpo), strict=True)]
     finding(
         4,
         "With rho 0 responses grow every iteration; with the default they stay within 5%.",
-        f"default rho {spread(controlled)}%, rho 0 {spread(map(change, grown))}%: on average "
-        f"{', '.join(by_iteration)} tokens; exact match of the default less that of rho 0: "
+        f"default rho (on average {', '.join(rhos)}) {spread(controlled)}%, rho 0 "
+        f"{spread(map(change, grown))}%: on average {', '.join(by_iteration)} tokens; exact match "
+        "of the default less that of rho 0: "
         f"{spread(gains_over(tpo, free))} points",
         [
             abs(c) <= 5 and all(a < b for a, b in pairwise(g))
@@ -194,22 +231,26 @@ def gain(ours, theirs):
     return f"{mean:+.1f} ({mean - reach:+.1f} to {mean + reach:+.1f})"
 
 
+MEASURED = {  # the ablations' columns: the figure, and what it is times
+    "exact match": ("exact_match", 100),
+    "win rate": ("win_rate", 100),
+    "unparsed": ("unparsed", 100),
+    "thought": ("thought_tokens", 1),
+    "response": ("response_tokens", 1),
+}
+
+
 def ablations(seeds):
     """One row an arm: means over the seeds that it was run with."""
-    table = [["arm", "seeds", "exact match", "win rate", "unparsed", "thought", "response"]]
+    table = [["arm", "seeds", *MEASURED]]
     for arm in {**MAIN_ARMS, **ABLATIONS}:
-        results = [Result(arm, s) for s in seeds if (folder_of(arm, s) / "log.jsonl").exists()]
-        rows = [result.last for result in results]
-        cells = [
-            spread((factor * row[key] for row in rows), ".1f")
-            for key, factor in (
-                ("exact_match", 100),
-                ("win_rate", 100),
-                ("unparsed", 100),
-                ("thought_tokens", 1),
-                ("response_tokens", 1),
-            )
-        ]
+        folders = {seed: folder_of(arm, seed) for seed in seeds if folder_of(arm, seed).exists()}
+        rows = [Result(arm, s).last for s, folder in folders.items() if is_finished(folder)]
+        cells = [spread((times * r[key] for r in rows), ".1f") for key, times in MEASURED.values()]
+        if not rows:
+            stopped = any(map(nothing_cut, folders.values()))
+            why = "stopped: nothing the seed wrote could be cut" if stopped else "not run"
+            cells = [why, *["-"] * (len(MEASURED) - 1)]
         table.append([arm, str(len(rows)), *cells])
     return markdown(table)
 

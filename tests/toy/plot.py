@@ -1,6 +1,8 @@
 """The paper's figures of runs, from the validation rows of their log.jsonl.
 
-    python tests/plot.py runs/specific runs/none --output figure.svg    # or .png; needs matplotlib
+    python tests/toy/plot.py runs/specific runs/none --output figure.svg    # or .png
+
+It needs matplotlib, which nothing else here does.
 
 Left: the win rate against the seed asked directly after each iteration and, where there are
 answers, exact match beside that seed's. Middle: lengths of thoughts and responses in tokens.
@@ -13,9 +15,9 @@ import math
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from model import InputError, expect, read_jsonl, run_main, write_aside
+import model as lm
 
 LINES = {"win_rate": "-", "exact_match": "--", "response_tokens": "-", "thought_tokens": "--"}
 
@@ -23,9 +25,9 @@ LINES = {"win_rate": "-", "exact_match": "--", "response_tokens": "-", "thought_
 def read_run(folder):
     """(direct, rows): the seed asked directly, and a run's own models from the seed on."""
     log = Path(folder) / "log.jsonl"
-    rows = [row for _, row in read_jsonl(log) if row["stage"] == "validation"]
+    rows = [row for _, row in lm.read_jsonl(log) if row["stage"] == "validation"]
     last = max((row["iteration"] for row in rows), default=0)
-    expect(last > 0, log, "no iteration's validation", "a run that has finished one")
+    lm.expect(last > 0, log, "no iteration's validation", "a run that has finished one")
     return rows[0], [row for row in rows if row["thought"] == rows[-1]["thought"]]
 
 
@@ -67,7 +69,7 @@ def draw(runs):
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise InputError("matplotlib: not installed; pip install matplotlib") from None
+        raise lm.InputError("matplotlib: not installed; pip install matplotlib") from None
     figure = Figure(figsize=(13, 5), layout="constrained")
     shares, lengths, categories = figure.subplots(1, 3)
     for i, (name, (direct, rows)) in enumerate(runs.items()):
@@ -115,11 +117,11 @@ def main():
     parser.add_argument("--output", required=True, help="file to write, .svg or .png")
     args = parser.parse_args()
     kind = Path(args.output).suffix
-    expect(kind in (".svg", ".png"), "--output", repr(kind), ".svg or .png")
+    lm.expect(kind in (".svg", ".png"), "--output", repr(kind), ".svg or .png")
     figure = draw({name: read_run(name) for name in args.runs})
-    with write_aside(args.output) as aside:
+    with lm.write_whole(args.output) as aside:
         figure.savefig(aside, format=kind[1:], dpi=150)
 
 
 if __name__ == "__main__":
-    run_main(main)
+    lm.run_main(main)
