@@ -1,0 +1,395 @@
+"""The CUDA paths without a GPU: fake tensors, which have a device, a dtype and a shape but no data.
+
+Operators on them refuse mixed devices as a GPU would. What needs the data itself (a wait for the
+device, a mask as an index) gets a stand-in. tests/benchmarks/gpu.py is the run on a real GPU.
+
+    pytest tests/test_cuda.py
+"""
+
+import contextlib
+import ctypes
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import dpo
+import judge
+import model as lm
+import sample
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TensorBytes
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+
+CUDA = torch.device("cuda", 0)
+TINY = {
+    "vocab_size": 500,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "rope": {"rope_type": "default", "rope_theta": 10000.0},
+    "tie_word_embeddings": False,
+    "qkv_bias": False,
+    "output_bias": False,
+    "mlp_bias": False,
+}
+LLAMA_8B = TINY | {
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+}
+LLAMA_1B = LLAMA_8B | {
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "head_dim": 64,
+    "tie_word_embeddings": True,
+}
+PAIRS = [dpo.Pair("a", [1, 2, 3], [4, 5], [6, 7, 8]), dpo.Pair("b", [1], [4], [6, 7])]
+
+
+@pytest.fixture(scope="module")
+def device_guard():
+    """Autograd asks for CUDA's device guard, and a CPU build of torch has none.
+
+    torch has one that does nothing, which takes the place of a guard that counts no device. So
+    such a guard is registered first: an object whose every method returns 0.
+    """
+    library = next(Path(torch.__file__).parent.glob("lib/libc10.*"), None)
+    try:
+        name = "_ZN3c104impl26device_guard_impl_registryE"
+        registry = (ctypes.c_void_p * 2).in_dll(ctypes.CDLL(str(library)), name)
+    except (OSError, ValueError):
+        pytest.skip("no place for a device guard in this build of torch")
+    before = registry[1]
+    if before is None:
+        method = ctypes.CFUNCTYPE(ctypes.c_int)(lambda: 0)
+        methods = (ctypes.c_void_p * 64)(*[ctypes.cast(method, ctypes.c_void_p).value] * 64)
+        instance = ctypes.c_void_p(ctypes.addressof(methods))
+        registry[1] = ctypes.addressof(instance)
+    torch._C._ensureCUDADeviceGuardSet()
+    yield
+    registry[1] = before
+
+
+class StandIns(TorchFunctionMode):
+    """For what needs data: a tensor's numbers are ones, and a mask selects as many as it has."""
+
+    def __init__(self):
+        super().__init__()
+        self.pinned, self.waits, self.backwards = 0, 0, 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if function in (torch.Tensor.tolist, torch.Tensor.item):
+            self.waits += args[0].is_cuda
+            kind = float if args[0].is_floating_point() else int
+            return np.ones(tuple(args[0].shape), dtype=kind).tolist()
+        if function is torch.Tensor.backward:
+            self.backwards += 1
+            return run_backward(args[0])
+        if function is torch.Tensor.__getitem__ and hasattr(args[1], "trues"):
+            args = args[0], torch.arange(args[1].trues, device=args[1].device)
+        self.pinned += kwargs.pop("pin_memory", False)
+        made = function(*args, **kwargs)
+        if function is torch.tensor and made.dtype == torch.bool:
+            made.trues = sum(args[0])
+        return made
+
+
+@torch.no_grad()
+def run_backward(root):
+    """In place of torch's engine, which needs a CUDA build: each node after all that feed it.
+
+    A gradient must be where its receiver is, and gets its dtype and shape, as in the engine.
+    """
+    feeding, nodes = Counter(), [root.grad_fn]
+    for node in nodes:
+        for following, _ in node.next_functions:
+            feeding[following] += 1
+            if following is not None and feeding[following] == 1:
+                nodes.append(following)
+    nodes.clear()
+    received, ready = {root.grad_fn: {0: torch.ones_like(root)}}, [root.grad_fn]
+    while ready:
+        node = ready.pop()
+        own = received.pop(node, {})
+        if hasattr(node, "variable"):  # a weight
+            p = node.variable
+            p.grad = own[0] if p.grad is None else p.grad + own[0]
+            continue
+        given = [own.get(i) for i in range(len(node._input_metadata))]
+        made = node(*given) if callable(node) else node.apply(*given)
+        made = list(made) if isinstance(made, tuple) else [made]
+        own, given = None, None
+        for following, i in node.next_functions:
+            grad = made.pop(0)
+            if following is None:
+                continue
+            if grad is not None:
+                asked, sums = following._input_metadata[i], received.setdefault(following, {})
+                assert grad.device == asked.device, (node, following)
+                weight = getattr(following, "variable", None)
+                grad = grad.to(asked.dtype if weight is None else weight.grad_dtype)
+                grad = grad.sum_to_size(asked.shape)
+                sums[i] = sums[i] + grad if i in sums else grad
+            feeding[following] -= 1
+            if not feeding[following]:
+                ready.append(following)
+
+
+@pytest.fixture
+def fake(device_guard, monkeypatch):
+    """Everything in the test is a fake tensor; yields the stand-ins."""
+    stand_ins = StandIns()
+
+    def wait(*args):
+        stand_ins.waits += 1
+
+    side = SimpleNamespace(wait_stream=lambda other: None, synchronize=wait)
+    monkeypatch.setattr(torch.cuda, "synchronize", wait)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: side)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: side)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(FakeTensor, "tolist", torch.Tensor.tolist)  # its own takes items singly
+    # A checkpointed block computes again once in each pass that has a number.
+    monkeypatch.setattr(torch._C, "_current_graph_task_id", lambda: stand_ins.backwards)
+
+    def replay(decoder, both, positions):  # there is no CUDA graph
+        return decoder.forward(both, decoder.lengths(positions, 512))
+
+    monkeypatch.setattr(sample.Decoder, "replay", replay)
+
+    def mask(rows, columns):  # what torch's own mask object stands for
+        return torch.ones(rows, columns, dtype=torch.bool, device=CUDA).tril(columns - rows)
+
+    monkeypatch.setattr(lm, "causal_lower_right", mask)
+    with FakeTensorMode(), stand_ins:
+        yield stand_ins
+
+
+def fill(make, dtype=torch.bfloat16):
+    """A module with weights of this dtype on the fake device."""
+    torch.set_default_dtype(dtype)
+    try:
+        with CUDA:
+            module = make().eval()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    trunk = module.model
+    trunk.frequencies = lm.rope_frequencies(trunk.config).to(CUDA)
+    return module
+
+
+def fill_model(config=TINY, dtype=torch.bfloat16):
+    return fill(lambda: lm.LanguageModel(SimpleNamespace(**config)), dtype)
+
+
+both_dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+
+
+def is_at(x, shape, dtype, device=CUDA):
+    return tuple(x.shape) == tuple(shape) and x.dtype == dtype and x.device == device
+
+
+@both_dtypes
+def test_logits_are_float32(fake, dtype):
+    model = fill_model(TINY, dtype)
+    with torch.no_grad():
+        logits = model(torch.zeros(2, 7, dtype=torch.int64, device=CUDA))
+    assert is_at(logits, (2, 7, 500), torch.float32)
+
+
+@both_dtypes
+@pytest.mark.parametrize("kept", [0, 1])
+def test_a_step_of_dpo_sums_gradients_in_float32(fake, dtype, kept):
+    model = fill_model(TINY, dtype)
+    options = dpo.Options(micro_batch_tokens=4, keep_activations=kept, nll_weight=0.5)
+    pairs = [replace(pair) for pair in PAIRS]
+    dpo.add_reference(model, pairs, options)
+    record = dpo.add_gradient(model, pairs, options)
+    assert set(record) == {"loss", "accuracy", "margin", "chosen_logprob", "rejected_logprob"}
+    for p in model.parameters():
+        assert is_at(p, p.shape, dtype) and is_at(p.grad, p.shape, torch.float32)
+
+
+@both_dtypes
+@pytest.mark.parametrize("place", ["same", "cpu"])
+def test_the_optimizer_keeps_its_state_in_float32(fake, dtype, place):
+    model = fill_model(TINY, dtype)
+    options = dpo.Options(micro_batch_tokens=2048, keep_activations=1, optimizer_device=place)
+    optimizer = dpo.AdamW(model, options)
+    pairs = [replace(pair, reference=(1.0, 1.0)) for pair in PAIRS]
+    home = CUDA if place == "same" else torch.device("cpu")
+    kinds = 2 + (dtype != torch.float32)
+    assert fake.pinned == (kinds if place == "cpu" else 0)
+    dpo.train_step(model, pairs, optimizer, 1)
+    for name, p in model.named_parameters():
+        assert is_at(p, p.shape, dtype) and p.grad is None
+        for kind in ("mean", "square", "weight"):
+            at = CUDA if kind == "weight" and kinds == 2 else home  # float32 weights are their own
+            assert is_at(optimizer.state[f"{kind}.{name}"], p.shape, torch.float32, at)
+
+
+def test_a_saved_state_is_not_still_on_its_way(fake, monkeypatch, tmp_path):
+    """The step's copies to host memory run on their own: saving has to wait for the device."""
+    model = fill_model()
+    optimizer = dpo.AdamW(model, dpo.Options(optimizer_device="cpu"))
+    for p in model.parameters():
+        p.grad_dtype = torch.float32
+        p.grad = torch.ones_like(p, dtype=torch.float32)
+    waits, saved = fake.waits, []
+    optimizer.step(1e-6, 1.0)
+    monkeypatch.setattr(lm, "save_shards", lambda *args: saved.append(fake.waits))
+    dpo.save_state(tmp_path, optimizer, {"epoch": 1})
+    assert saved and saved[0] > waits
+
+
+@both_dtypes
+def test_decoding(fake, dtype):
+    """Prefill, cache, steps of rows that end at different times, drawing up to its one wait."""
+    model = fill_model(TINY, dtype)
+    decoder = sample.Decoder(model, 3, 40)
+    assert is_at(decoder.cache.k, (2, 3, 2, 40, 16), dtype)
+    keys, values, logits = decoder.prefill([5, 6, 7])
+    assert is_at(keys, (2, 2, 3, 16), dtype) and is_at(values, (2, 2, 3, 16), dtype)
+    assert is_at(logits, (1, 500), torch.float32)
+    decoder.cache.write(1, keys, values)
+    assert is_at(decoder.step([1, 2], [3, 4]), (2, 500), torch.float32)
+    # A draw waits once where no nucleus is wider than its candidates; here all of them are.
+    waits = fake.waits
+    uniforms = torch.zeros(2, dtype=torch.float64, device=CUDA)
+    assert sample.draw(logits.expand(2, -1), uniforms, 0.8, 0.95) == [1, 1]
+    assert fake.waits == waits + 2
+    generate = torch.no_grad()(sample.generate.__wrapped__)  # inference mode hides the fake device
+    completions = generate(model, [[5, 6], [7, 8, 9]], 2, 6, stop_ids=[9], decoder=decoder)
+    assert [c.ids for own in completions for c in own] == [[1] * 6] * 4
+
+
+@both_dtypes
+def test_judging(fake, dtype):
+    """ArmoRM on a packed row: the head, which is float32, gets float32."""
+    raw = {"num_objectives": 5, "gating_hidden_dim": 8, "gating_n_hidden": 2}
+    raw["gating_temperature"] = 10
+
+    def make():
+        return judge.ArmoRM(SimpleNamespace(**TINY), raw)
+
+    model = fill(make, torch.float32)
+    model.model = fill(make, dtype).model
+    tokenizer = SimpleNamespace(
+        encode=lambda text, add_special_tokens: [1, 2],
+        apply_chat_template=lambda messages, add_generation_prompt: [
+            7, 1, 2, *range(len(messages[1]["content"]))
+        ],
+    )  # fmt: skip
+    pointwise = judge.Pointwise(model, tokenizer, judge.Options())
+    assert pointwise.score("an instruction", ["one", "another", "one"]) == [1.0] * 3
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_kernel_may_give_another_memory_order(monkeypatch, packed):
+    """Some attention kernels write (B, T, H, head_dim) and return it transposed."""
+    attention = F.scaled_dot_product_attention
+
+    def transposed(*args, **kwargs):
+        return attention(*args, **kwargs).transpose(1, 2).contiguous().transpose(1, 2)
+
+    model = lm.LanguageModel(SimpleNamespace(**TINY)).eval()
+    pieces = [([5, 6, 7], None), ([8, 9], 0), ([4], 0)]
+
+    def compute():
+        with torch.no_grad():
+            if packed:
+                return model.model(*lm.pack(pieces))
+            decoder = sample.Decoder(model, 2, 9)
+            for slot, prompt in enumerate(([5, 6, 7], [8])):
+                keys, values, _ = decoder.prefill(prompt)
+                decoder.cache.write(slot, keys, values)
+            return decoder.step([1, 2], [3, 1])
+
+    expected = compute()
+    monkeypatch.setattr(F, "scaled_dot_product_attention", transposed)
+    assert torch.equal(compute(), expected)
+
+
+def test_cudnn_attention_is_off():
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    lm.check_device("cpu")
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+@pytest.mark.parametrize(
+    ("config", "dtype", "expected"),
+    [
+        (LLAMA_8B, torch.bfloat16, "cpu"),
+        (LLAMA_1B, torch.bfloat16, "same"),
+        (LLAMA_1B, torch.float32, "same"),
+        (LLAMA_8B, torch.float32, "cpu"),
+    ],
+)
+def test_where_the_optimizer_goes(fake, monkeypatch, config, dtype, expected):
+    """By weights, gradient sums and state: 2 + 4 + 12 bytes a parameter in bf16, on 80 GiB."""
+    card = SimpleNamespace(total_memory=80 * lm.GIB)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(dpo, "host_memory", lambda: 92 * lm.GIB)
+    model = fill_model(config, dtype)
+    assert dpo.place_optimizer(model, dpo.Options()) == expected
+    options = dpo.Options(optimizer_device="cpu")
+    state = sum(p.numel() for p in model.parameters()) * (12 if dtype == torch.bfloat16 else 8)
+    monkeypatch.setattr(dpo, "host_memory", lambda: state)
+    assert dpo.place_optimizer(model, options) == "cpu"
+    monkeypatch.setattr(dpo, "host_memory", lambda: state - 1)
+    with pytest.raises(lm.InputError, match=f"{state / lm.GIB:.1f} GiB or more"):
+        dpo.place_optimizer(model, options)
+
+
+def test_a_step_of_llama_3_8b_fits_80_gib(fake):
+    """The most bytes alive on the device in a step on two outputs of 2,048 tokens."""
+    at = [step_of(LLAMA_8B | {"num_hidden_layers": layers}) for layers in (2, 4)]
+    count, host, sums, peak = (b + (b - a) * (32 - 4) // (4 - 2) for a, b in zip(*at, strict=True))
+    assert count == pytest.approx(8.03e9, rel=1e-3)
+    assert host == 12 * count <= 92 * lm.GIB
+    assert 6 * count <= sums <= 6 * count + lm.GIB  # weights and gradient sums
+    assert sums < peak <= 76 * lm.GIB
+
+
+def step_of(config):
+    """(parameters, bytes of the host's state, on the device after the backward, at most)."""
+    model = fill_model(config)
+    options = dpo.Options(micro_batch_tokens=1, keep_activations=1, optimizer_device="cpu")
+    optimizer = dpo.AdamW(model, options)
+    with DeviceBytes() as device:
+        for p in model.parameters():
+            device.count(p)
+        before = device.alive
+        pair = dpo.Pair("pair", [1] * 200, [1] * 2048, [1] * 2048, (1.0, 1.0))
+        dpo.add_gradient(model, [pair], options)
+        sums = device.alive
+        optimizer.step(1e-6, 1.0)
+    # What autograd leaves for Python's collector is not the step's.
+    assert device.alive <= before + lm.GIB
+    host = sum(x.nbytes for x in optimizer.state.values())
+    return before // 2, host, sums, device.peak
+
+
+class DeviceBytes(TensorBytes):
+    """Of the tensors on the device alone."""
+
+    def count(self, tensor):
+        if tensor.is_cuda:
+            super().count(tensor)
