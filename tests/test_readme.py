@@ -1,23 +1,27 @@
-"""What the README says is true: links, options, function names, line counts; and the doctests.
+"""What the README says is true: links, options, function names, ratios; and the modules' shape.
 
 pytest tests/test_readme.py
 """
 
 import ast
+import contextlib
 import doctest
 import importlib
+import io
 import re
-import subprocess
+import runpy
+import signal
 import sys
 from pathlib import Path
+from unittest import mock
 
-import benchmark
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 MODULES = ("model", "sample", "judge", "dpo", "train")
-OTHER_TOOLS = ("vllm", "trl", "alpaca_eval", "accelerate", "hf", "pip")
+# The README's commands of other programs.
+OTHERS = ("vllm", "trl", "alpaca_eval", "accelerate", "hf", "huggingface-cli", "pip", "pytest")
 
 
 def names_in(path):
@@ -29,96 +33,117 @@ def names_in(path):
 
 
 def commands():
-    """The lines of the README's shell blocks, continuations joined."""
-    for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL):
+    """The lines of the README's shell blocks, continuations joined and comments left out."""
+    for block in re.findall(r"```(?:sh|bash|console)\n(.*?)```", README, re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
-            if line.strip() and not line.startswith("#"):
-                yield line
+            if line.partition("#")[0].strip():
+                yield line.partition("#")[0]
+
+
+def help_text(script):
+    """What `python script --help` prints, without a process of its own."""
+    path = ROOT / script
+    argv = mock.patch.object(sys, "argv", [str(path), "--help"])
+    own_path = mock.patch.object(sys, "path", [str(path.parent), *sys.path])
+    handler = signal.getsignal(signal.SIGTERM)
+    text = contextlib.redirect_stdout(io.StringIO())
+    with argv, own_path, text as text, pytest.raises(SystemExit) as end:
+        runpy.run_path(str(path), run_name="__main__")
+    signal.signal(signal.SIGTERM, handler)
+    assert not end.value.code, script
+    return text.getvalue()
 
 
 @pytest.fixture(scope="module")
 def help_of():
-    """{script: its --help}."""
+    """{script: its --help}: the modules, and what tests/ has to be called."""
     scripts = [f"{module}.py" for module in MODULES]
-    scripts += ["tests/benchmark.py", "tests/toy/reproduce.py", "tests/toy/make.py"]
-    run = {
-        script: subprocess.run(
-            [sys.executable, ROOT / script, "--help"], capture_output=True, text=True, check=True
-        ).stdout
-        for script in scripts
-    }
-    return run
+    for folder in ("toy", "resume", "benchmarks"):
+        for path in sorted((ROOT / "tests" / folder).glob("*.py")):
+            if "argparse.ArgumentParser(" in path.read_text():
+                scripts.append(str(path.relative_to(ROOT)))
+    found = {script: help_text(script) for script in scripts}
+    packages = {name: text for name, text in found.items() if name.endswith("/__main__.py")}
+    return found | {name.removesuffix("/__main__.py"): text for name, text in packages.items()}
 
 
 def test_links_resolve():
-    for target in re.findall(r"\]\(([^)]+)\)", README):
+    headings = re.findall(r"^#+ (.+)$", README, re.MULTILINE)
+    anchors = {re.sub(r"[^\w -]", "", text.lower()).replace(" ", "-") for text in headings}
+    for target in re.findall(r"\]\(([^)\s]+)[^)]*\)", README):
         if not target.startswith(("http://", "https://")):
-            assert (ROOT / target.split("#")[0]).exists(), target
+            file, _, anchor = target.partition("#")
+            assert (ROOT / file).exists(), target
+            assert file or anchor in anchors, target
 
 
 def test_linked_functions_exist():
-    linked = re.findall(r"\[`(\w+)`\]\((\w+\.py)\)", README)
-    assert len(linked) > 8
+    linked = re.findall(r"\[`(\w+)(?:\(\))?`\]\(([\w/]+\.py)(?:#\w+)?\)", README)
+    assert linked
     for name, file in linked:
         assert name in names_in(ROOT / file), f"{name} in {file}"
 
 
-def test_line_counts_are_true():
-    counts = re.findall(r"\| \[(\w+\.py)\]\(\1\) \| (\d+) \|", README)
-    assert {file for file, _ in counts} == {f"{module}.py" for module in MODULES}
-    for file, count in counts:
-        assert len((ROOT / file).read_text().splitlines()) == int(count), file
+def test_commands_name_what_there_is(help_of):
+    """Every script of a command exists, and has every option that is given to it."""
+    for line in commands():
+        words = line.split()
+        if words[0] in OTHERS or words[:3] == ["python", "-m", "pip"]:
+            continue
+        scripts = [word for word in words if word.endswith(".py") or word.startswith("tests/")]
+        for script in scripts:
+            assert (ROOT / script).exists() or script.startswith("runs/"), line
+        text = help_of.get(words[1], "") if words[0] == "python" else "".join(help_of.values())
+        for option in re.findall(r"(?<!\S)--[a-z][a-z-]*", line):
+            assert re.search(rf"{option}\b", text), line
 
 
-def test_the_ratios_are_those_that_the_benchmark_checks():
-    """Every row that ends in a ratio is a claim, every claim such a row, and it upholds itself."""
-    _, _, numbers = README.partition("## Numbers")
-    rows = re.findall(
-        r"^\| (.+?) \|.*\| (\d+\.\d+) \|$", numbers.partition("\n## ")[0], re.MULTILINE
-    )
-    claims = {row: stated for row, (stated, _, _) in benchmark.CLAIMS.items()}
-    assert {row: float(ratio) for row, ratio in rows} == claims
-    assert benchmark.check_claims(claims) == 0
+def test_named_options_exist(help_of):
+    own = "".join(help_of.values())
+    prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+    for option in re.findall(r"`(?:python \S+ )?(--[a-z][a-z-]*)", prose):
+        assert re.search(rf"{option}\b", own), option
 
 
-def test_the_benchmark_says_which_claims_no_longer_hold(monkeypatch, capsys):
-    claims = {"speed": (4.5, "at least", 4.0), "memory": (0.3, "at most", 0.4)}
-    monkeypatch.setattr(benchmark, "CLAIMS", claims)
+def test_every_option_has_a_help_text(help_of):
+    for script, text in help_of.items():
+        options = re.findall(r"^  (--[a-z][a-z-]*)(.*(?:\n {10,}.*)*)", text, re.MULTILINE)
+        for option, rest in options:
+            words = re.sub(r"\{[^}]*\}|--[a-z-]+|\b[A-Z_]+\b|[^\w\s]", "", rest).split()
+            assert len(words) >= 2, f"{script} {option}"
+    for module in MODULES:
+        assert "--model" in help_of[f"{module}.py"] or "--judge" in help_of[f"{module}.py"]
+
+
+def claims():
+    with mock.patch.object(sys, "path", [str(ROOT / "tests" / "benchmarks"), *sys.path]):
+        return importlib.import_module("bench")
+
+
+def test_the_ratios_are_those_that_the_benchmarks_check():
+    """Of the tables with a checked ratio, every row that ends in one is checked, and holds."""
+    checked, stated = claims().CLAIMS, {}
+    for table in re.findall(r"(?:^\|.*\|\n)+", README, re.MULTILINE):
+        rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.split("\n")]
+        if any(row[0] in checked for row in rows):
+            stated |= {row[0]: float(row[-1]) for row in rows if re.fullmatch(r"[\d.]+", row[-1])}
+    assert set(stated) == set(checked)
+    for name, (side, bound) in checked.items():
+        assert stated[name] >= bound if side == "at least" else stated[name] <= bound, name
+
+
+def test_the_benchmarks_say_which_claims_no_longer_hold(monkeypatch, capsys):
+    bench = claims()
+    monkeypatch.setattr(bench, "CLAIMS", {"speed": ("at least", 4.0), "memory": ("at most", 0.4)})
     for measured, timed, lost, verdicts in (
         ({"speed": 4.0, "memory": 0.4, "other": 0.0}, True, 0, ["holds", "holds"]),
         ({"speed": 3.99}, True, 1, ["no longer holds", "not measured"]),
         ({"memory": 0.41, "speed": 9.0}, True, 1, ["holds", "no longer holds"]),
         ({"speed": 0.5, "memory": 2.0}, False, 0, ["other sizes"] * 2),
     ):
-        assert benchmark.check_claims(measured, timed) == lost
+        assert bench.check_claims(measured, timed) == lost
         lines = capsys.readouterr().out.splitlines()
         assert [line.partition(":")[0] for line in lines] == verdicts
-    assert lines[0] == "other sizes: speed: measured 0.50, README 4.5, at least 4.0"
-
-
-def test_named_options_exist(help_of):
-    own = "".join(help_of.values())
-    for line in commands():
-        words = line.split()
-        if words[0] in OTHER_TOOLS:
-            continue
-        text = own
-        if words[0] == "python" and words[1] in help_of:
-            text = help_of[words[1]]
-        for option in re.findall(r"(?<!\S)--[a-z-]+", line):
-            assert re.search(rf"{option}\b", text), line
-    prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
-    for option in re.findall(r"`(?:python \S+ )?(--[a-z-]+)", prose):
-        assert re.search(rf"{option}\b", own), option
-
-
-def test_every_option_has_a_help_text(help_of):
-    for script, text in help_of.items():
-        options = re.findall(r"^  (--[a-z-]+)(.*(?:\n {10,}.*)*)", text, re.MULTILINE)
-        assert options or script.endswith("make.py"), script
-        for option, rest in options:
-            words = re.sub(r"\{[^}]*\}|[A-Z_]+", "", rest).split()
-            assert len(words) >= 2, f"{script} {option}"
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -132,3 +157,17 @@ def test_requirements_name_only_what_the_design_allows():
     names = {line.partition("==")[0] for line in lines}
     assert names == {"torch", "tokenizers", "safetensors", "numpy", "tqdm"}
     assert all("==" in line for line in lines)
+
+
+def test_the_modules_are_small_and_begin_with_their_reason_to_exist():
+    lines = {name: (ROOT / f"{name}.py").read_text().splitlines() for name in MODULES}
+    first = {
+        "model": ("class Attention", 150),
+        "sample": ("def thought_prompt", 120),
+        "judge": ("def length_control", 120),
+        "dpo": ("def dpo_loss", 120),
+        "train": ("def tpo", 120),
+    }
+    for name, (start, most) in first.items():
+        assert any(line.startswith(start) for line in lines[name][:most]), (start, most)
+    assert sum(map(len, lines.values())) <= 2800  # the aim is 2,500
