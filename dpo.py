@@ -369,7 +369,7 @@ def read_pairs(path, config):
 
 
 def main():
-    parser = lm.make_parser("One round of DPO on a file of pairs.", Options)
+    parser = lm.make_parser("One round of DPO on a file of pairs.", Options, lm.Device)
     parser.add_argument("--model", required=True, help="checkpoint or hub id, also the reference")
     parser.add_argument("--pairs", required=True, help="file of pairs, from judge.py")
     parser.add_argument("--output", required=True, help="checkpoint folder to write")

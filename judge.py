@@ -491,13 +491,12 @@ def read_rho(text):
 def describe_pairs(made):
     """How many pairs, with which rho, and why not more, in a line."""
     none = "".join(f"; {count} none: {why}" for why, count in made["no_pair"].items())
-    return (
-        f"{made['pairs']:,} pairs ({made['failed']:.0%} reject failed), rho {made['rho']:g}{none}"
-    )
+    failed = f"{made['failed']:.0%} reject failed"
+    return f"{made['pairs']:,} pairs ({failed}), rho {made['rho']:g}{none}"
 
 
 def main():
-    parser = lm.make_parser("Samples in, scores and pairs out.", Options)
+    parser = lm.make_parser("Samples in, scores and pairs out.", Options, lm.Device)
     add = parser.add_argument
     add("--judge", required=True, help="checkpoint folder or hub id")
     add("--samples", required=True, help="file of samples, from sample.py")
@@ -514,10 +513,10 @@ def main():
     rows = (row for _, row in read_samples(args.samples))
     some = any(output["response"] is not None for row in rows for output in row["outputs"])
     lm.expect(some, args.samples, "no response", "some to judge")
-    options = lm.options_of(Options, args)
+    options, where = lm.options_of(Options, args), lm.options_of(lm.Device, args)
     read_rho(args.rho)  # refused before the long work
     if args.output or args.against:
-        judge = load_judge(args.judge, args.device, lm.DTYPES[args.dtype], options)
+        judge = load_judge(args.judge, where.device, lm.DTYPES[where.dtype], options)
     if args.output:
         key = [lm.hash_of(lm.checkpoint_folder(args.judge)), args.dtype]
         score_file(judge, args.samples, args.output, key)

@@ -742,10 +742,10 @@ class Device:
 
 
 def make_parser(description, *classes):
-    """A parser with the options of dataclasses made of `option` fields, and of Device."""
+    """A parser with the options of dataclasses made of `option` fields."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.error = lambda message: expect(False, "the command", message, "as in --help")
-    items = [item for options in (Device, *classes) for item in fields(options)]
+    items = [item for options in classes for item in fields(options)]
     for item in {item.name: item for item in items}.values():
         kinds = {"type": item.type, "choices": item.metadata["choices"]}
         if item.type is bool:  # --no-NAME, so that a flag wins over a recipe's true

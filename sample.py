@@ -433,7 +433,7 @@ def read_output(completion, tokenizer, style):
 
 
 def main():
-    parser = lm.make_parser("Thought prompts in, K outputs each out.", Options)
+    parser = lm.make_parser("Thought prompts in, K outputs each out.", Options, lm.Device)
     add = parser.add_argument
     add("instruction", nargs="?", help="one instruction, answered to the terminal")
     add("--model", required=True, help="checkpoint folder or hub id")
@@ -452,7 +452,8 @@ def main():
     if args.output is not None:
         lm.check_output(args.output)
     options, tokenizer = lm.options_of(Options, args), lm.load_tokenizer(args.model)
-    model = lm.load_model(args.model, args.device, lm.DTYPES[args.dtype])
+    where = lm.options_of(lm.Device, args)
+    model = lm.load_model(args.model, where.device, lm.DTYPES[where.dtype])
     (answer_file if args.output else answer)(args, options, model, tokenizer)
 
 
