@@ -511,7 +511,7 @@ class Options:
 
 
 def parse(*flags, **recipe):
-    parser = lm.make_parser("what", Options)
+    parser = lm.make_parser("what", Options, lm.Device)
     parser.set_defaults(**recipe)
     return lm.options_of(Options, parser.parse_args(flags))
 
@@ -522,7 +522,7 @@ def test_options_come_from_flags_recipes_and_defaults():
     recipe = {"style": "bold", "loud": True}
     assert parse(**recipe) == Options(8, 0.5, "bold", True)
     assert parse("--no-loud", "--style", "plain", **recipe) == Options()
-    parser = lm.make_parser("what", Options)
+    parser = lm.make_parser("what", Options, lm.Device)
     assert "50% (ours) (default 0.5)" in " ".join(parser.format_help().split())
     given = parser.parse_args(["--device", "cuda:1", "--dtype", "bfloat16"])
     assert lm.options_of(lm.Device, given) == lm.Device("cuda:1", "bfloat16", False)
