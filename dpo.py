@@ -129,7 +129,7 @@ def add_gradient(model, batch, options):
     return dict(zip(names, means, strict=True))
 
 
-def train(model, pairs, options, state=None, log=None, end_of_epoch=None, label="DPO"):
+def train(model, pairs, options, state=None, log=None, end_of_epoch=None):
     """Trains `model` in place on a list of Pair: one round of DPO, its start the reference.
 
     state: a folder to save in at each epoch's end and to resume from, to identical bytes (on a GPU
@@ -148,7 +148,7 @@ def train(model, pairs, options, state=None, log=None, end_of_epoch=None, label=
     done = load_state(state, optimizer, key) if state else 0
     for epoch in range(done + 1, options.epochs + 1):
         order = lm.stream(options.seed, "dpo", "epoch", epoch).permutation(len(pairs))
-        name = f"{label}, epoch {epoch} of {options.epochs}"
+        name = f"DPO, epoch {epoch} of {options.epochs}"
         with lm.progress_bar(name, len(pairs), 0, "pairs") as bar:
             for first in range(0, len(pairs), size):
                 batch = [pairs[i] for i in order[first : first + size]]

@@ -1,12 +1,11 @@
 """Judging (section 2.2): scores of responses, length control, and the pair of each instruction.
 
-A judge sees an instruction and a response, never the thought before it. Of the K outputs the one
-whose response scores highest becomes the chosen, the lowest the rejected, thought and response
-both inside. A pointwise judge gives a response a number; a pairwise judge compares two and writes
-its verdict, and all verdicts on one instruction's responses become one number each (Elo).
+A judge sees an instruction and a response, never the thought before it. A pointwise judge gives a
+response a number; a pairwise judge compares every two, and its verdicts become a number each (Elo).
+The output whose response scores highest is the chosen, the lowest the rejected, with its thought.
 
-In: a judge's checkpoint and a file of samples. Out: a file of scores (the samples, with a `score`
-in every output, null where there is no response) and a file of pairs for dpo.py.
+In: a file of samples. Out: the same with a `score` in every output (null without a response), and
+a file of pairs for dpo.py.
 
     python judge.py --judge DIR --samples FILE --output FILE [--pairs FILE] [--rho auto]
     python judge.py --judge DIR --samples SCORES --pairs FILE --rho 0.5   # other pairs, no judging
@@ -18,7 +17,7 @@ import math
 import sys
 from collections import Counter
 from dataclasses import dataclass
-from itertools import islice, pairwise, permutations
+from itertools import islice, pairwise, permutations, takewhile
 from pathlib import Path
 
 import model as lm
@@ -47,12 +46,11 @@ def length_control(scores, lengths, rho):
 
 
 def choose_pair(scores, lengths, finished, rho, reject_failed=True):
-    """(chosen, rejected), the indices of the highest and the lowest of K outputs.
+    """(chosen, rejected), the highest and the lowest of K outputs by index; or a str, why no pair.
 
-    scores: None where no response could be cut. Ranked are the outputs that have one and finished;
-    a tie goes to the first. The others failed, and the first of them is rejected: draft 2.2 says it
-    of what cannot be cut; of what ran into the token limit it is ours, to teach coming to an end.
-    Without reject_failed these are left out. Where there is no pair: a str, why.
+    Ranked are the outputs that finished and have a response (their score is not None); a tie goes
+    to the first. The others failed: unless left out (not reject_failed), the first is rejected.
+    Draft 2.2 has it so for what cannot be cut; for what ran into the token limit it is ours.
     """
     ranked = [i for i, score in enumerate(scores) if score is not None and finished[i]]
     failed = [i for i in range(len(scores)) if i not in ranked and reject_failed]
@@ -69,20 +67,15 @@ def choose_pair(scores, lengths, finished, rho, reject_failed=True):
 
 
 def ranking_of(row):
-    """(scores, lengths, finished) of a row of scores: all that its pair depends on.
-
-    Lengths are in tokens of the policy; in characters where another program's file has none.
-    """
+    """(scores, lengths, finished) of a row of scores: all that its pair depends on."""
     outputs = row["outputs"]
+    # In tokens of the policy; in characters where another program's file has none.
     lengths = [o.get("response_tokens", len(o["response"] or "")) for o in outputs]
     return [o["score"] for o in outputs], lengths, [o["finished"] for o in outputs]
 
 
 def build_pairs(rows, rho, reject_failed=True):
-    """Yields a row for each row of scores that gives a pair (section 2.2).
-
-    Its scores are the judge's, before length control. Another program's file may have no `text`.
-    """
+    """Yields the pair of each row of scores that gives one; its scores are the judge's own."""
     for row in rows:
         pair = choose_pair(*ranking_of(row), rho, reject_failed)
         if isinstance(pair, str):
@@ -91,6 +84,7 @@ def build_pairs(rows, rho, reject_failed=True):
         made["prompt"] = row.get("prompt_text", row["instruction"])
         for name, i in zip(("chosen", "rejected"), pair, strict=True):
             output = row["outputs"][i]
+            # Another program's file may have no text.
             parts = filter(None, (output["thought"], output["response"]))
             made[name] = output.get("text", "\n\n".join(parts))
             made |= {f"{name}_ids": output["ids"], f"{name}_score": output["score"]}
@@ -101,10 +95,9 @@ RHOS = [i / 20 for i in range(11)]  # 2.2: rho in [0, 0.5]; the steps are ours
 
 
 def pair_statistics(rankings, rho, reject_failed=True):
-    """What a rho makes of the rankings of a file, as a dict.
+    """What a rho makes of a file's rankings, as a dict.
 
-    Means are over the pairs whose rejected output did not fail; failed: the share of the others;
-    no_pair: the reasons why there was none, and how often.
+    Means are over the pairs whose rejected output did not fail; failed: the share of the others.
     """
     found = [choose_pair(*ranking, rho, reject_failed) for ranking in rankings]
     no_pair, compared = Counter(pair for pair in found if isinstance(pair, str)), []
@@ -113,7 +106,7 @@ def pair_statistics(rankings, rho, reject_failed=True):
             compared.append([of[i] for of in (lengths, scores) for i in pair])
     pairs = len(found) - no_pair.total()
     names = ("chosen_tokens", "rejected_tokens", "chosen_score", "rejected_score")
-    means = np.mean(compared, axis=0).tolist() if compared else [0.0] * 4
+    means = np.mean(compared or [[0.0] * 4], axis=0).tolist()
     means = dict(zip(names, means, strict=True))
     failed = (pairs - len(compared)) / max(pairs, 1)
     return {"rho": rho, "pairs": pairs, **means, "failed": failed, "no_pair": dict(no_pair)}
@@ -143,9 +136,8 @@ def elo(wins):
 
     wins (K, K): B_mn, how often m was preferred to n. The scores e maximize the sum of
     B_mn log sigmoid(e_m - e_n), in Elo's unit: 400 log10(a / b) where two beat each other a and b
-    times. There is no maximum where some never lost to the others; then, and only then, every two
-    get half a win more each way (ours: the usual correction of a count of zero). Rounded to 1e-6,
-    so that the fit breaks no tie.
+    times. Where some never lost to the others there is no maximum, and every two get half a win
+    more each way (ours). Rounded to 1e-6, so that the fit breaks no tie.
 
     >>> elo([[0, 10], [1, 0]]), elo([[0, 2], [0, 0]]) == elo([[0, 2.5], [0.5, 0]])
     ([200.0, -200.0], True)
@@ -200,18 +192,14 @@ class Pointwise(Judge):
 
     @torch.inference_mode()
     def read(self, instruction, responses):
-        """The head's row, a list of floats, for each response.
-
-        What all chats begin with is computed once, and equal responses are one: they tie exactly.
-        """
+        """The head's row for each response. Equal ones are computed once, so they tie exactly."""
         chats = [self.chat(("user", instruction), ("assistant", text)) for text in responses]
         distinct, shared = list(dict.fromkeys(chats)), 0
         if not chats:
             return []
-        if len(distinct) > 1:
-            most = min(map(len, distinct)) - 1  # each keeps one token of its own
-            columns = zip(*(chat[:most] for chat in distinct), strict=True)
-            shared = next((i for i, ids in enumerate(columns) if len(set(ids)) > 1), most)
+        if len(distinct) > 1:  # what all begin with is computed once, up to their last tokens
+            columns = zip(*(chat[:-1] for chat in distinct), strict=False)
+            shared = sum(1 for _ in takewhile(lambda ids: len(set(ids)) == 1, columns))
         pieces = [(chat[shared:], 0 if shared else None) for chat in distinct]
         pieces = [(distinct[0][:shared], None)] * bool(shared) + pieces
         device = self.model.model.embed_tokens.weight.device
@@ -282,19 +270,17 @@ class ArmoRM(nn.Module):
 
 # The prompt that the Self-Taught Evaluator was trained on, MT-Bench's for pairs, word for word:
 # facebookresearch/RAM, projects/self_taught_evaluator (MIT). The backslashes are part of it.
-PAIRWISE_SYSTEM = (
-    "Please act as an impartial judge and evaluate the quality of the responses provided by two AI "
-    "assistants to the user question displayed below. You should choose the assistant that follows "
-    "the user's instructions and answers the user's question better. Your evaluation should "
-    "consider factors such as the helpfulness, relevance, accuracy, depth, creativity, and level "
-    "of detail of their responses. Begin your evaluation by comparing the two responses and "
-    "provide a short explanation. Avoid any position biases and ensure that the order in which the "
-    "responses were presented does not influence your decision. Do not allow the length of the "
-    "responses to influence your evaluation. Do not favor certain names of the assistants. Be as "
-    "objective as possible. After providing your explanation, output your final verdict by "
-    'strictly following this format: \\"[[A]]\\" if assistant A is better, \\"[[B]]\\" if '
-    "assistant B is better."
-)
+PAIRWISE_SYSTEM = """\
+Please act as an impartial judge and evaluate the quality of the responses provided by two AI \
+assistants to the user question displayed below. You should choose the assistant that follows the \
+user's instructions and answers the user's question better. Your evaluation should consider \
+factors such as the helpfulness, relevance, accuracy, depth, creativity, and level of detail of \
+their responses. Begin your evaluation by comparing the two responses and provide a short \
+explanation. Avoid any position biases and ensure that the order in which the responses were \
+presented does not influence your decision. Do not allow the length of the responses to influence \
+your evaluation. Do not favor certain names of the assistants. Be as objective as possible. After \
+providing your explanation, output your final verdict by strictly following this format: \
+\\"[[A]]\\" if assistant A is better, \\"[[B]]\\" if assistant B is better."""
 PAIRWISE_USER = (
     "[User Question]\n{input}\n\n"
     "[The Start of Assistant A's Answer]\n{response_a}\n[The End of Assistant A's Answer]\n\n"
@@ -317,20 +303,19 @@ class Pairwise(Judge):
         Returns a dict for each: `scores` (Elo) and `verdicts`, one an ordered pair: indices `a` and
         `b` of the responses shown as A and B, `verdict` ("A", "B" or None), the judge's `text`.
         """
-        options, prompts = self.options, []
+        options, most, prompts = self.options, self.options.verdict_tokens, []
         for instruction, responses in items:
             for a, b in permutations(responses, 2):
                 user = PAIRWISE_USER.format(input=instruction, response_a=a, response_b=b)
-                turns = (("system", PAIRWISE_SYSTEM), ("user", user))
-                prompts.append(self.chat(*turns, reply=options.verdict_tokens))
-        length = max(map(len, prompts), default=0) + options.verdict_tokens
+                prompts.append(self.chat(("system", PAIRWISE_SYSTEM), ("user", user), reply=most))
+        length = max(map(len, prompts), default=0) + most
         if self.decoder is None or self.decoder.length < length:
             # Rounded up, so that a longer prompt later seldom asks for another.
             length = min(-(-length // 1024) * 1024, self.model.config.max_position_embeddings)
             self.decoder = Decoder(self.model, plan_slots(self.model, length, 448), length)
-        law = (options.verdict_tokens, options.verdict_temperature, options.verdict_top_p)
-        seed, stops = f"{options.verdict_seed}/verdicts/{name}", self.tokenizer.stop_ids
-        completions = generate(self.model, prompts, 1, *law, stops, seed, decoder=self.decoder)
+        law = (most, options.verdict_temperature, options.verdict_top_p, self.tokenizer.stop_ids)
+        seed = f"{options.verdict_seed}/verdicts/{name}"
+        completions = generate(self.model, prompts, 1, *law, seed, decoder=self.decoder)
         texts = (self.tokenizer.decode(c.ids, skip_special_tokens=True) for (c,) in completions)
         results = []
         for _, responses in items:
@@ -359,26 +344,23 @@ class Options:
 def load_judge(path, device="cpu", dtype=torch.float32, options=None):
     """The judge in a checkpoint folder or hub id, its kind by `architectures` in config.json.
 
-    LlamaForRewardModelWithGating and LlamaForSequenceClassification with one label are pointwise,
-    any causal language model is pairwise. The rest is refused, and no code of a folder is run.
+    A reward model with one label or ArmoRM is pointwise, any causal language model pairwise.
     """
     device, folder = lm.check_device(device), lm.checkpoint_folder(path)
     config, tokenizer = lm.read_config(folder), lm.load_tokenizer(folder)
-    file, options = folder / "config.json", options or Options()
-    raw = lm.read_json(file)
+    raw, options = lm.read_json(folder / "config.json"), options or Options()
     (kind,) = raw.get("architectures") or [None]
     if str(kind).endswith("ForCausalLM"):
         return Pairwise(lm.load_model(folder, device, dtype), tokenizer, options)
     kinds = {"LlamaForRewardModelWithGating": ArmoRM, "LlamaForSequenceClassification": RewardModel}
     known = f"{', '.join(kinds)} or a causal language model"
-    lm.expect(kind in kinds, f"{file}: architectures", repr(kind), known)
+    lm.expect(kind in kinds, f"{folder}/config.json: architectures", repr(kind), known)
     if kinds[kind] is RewardModel:
         labels = raw.get("num_labels", len(raw.get("id2label", "12")))  # 2 where none is given
-        lm.expect(labels == 1, f"{file}: labels", labels, "1")
+        lm.expect(labels == 1, f"{folder}/config.json: labels", labels, "1")
     with torch.device("meta"):
         model = kinds[kind](config, raw)
-    lm.load_weights(model, folder, device, dtype)
-    return Pointwise(model, tokenizer, options)
+    return Pointwise(lm.load_weights(model, folder, device, dtype), tokenizer, options)
 
 
 def read_samples(path, scored=False):
@@ -388,22 +370,21 @@ def read_samples(path, scored=False):
         missing = {"instruction", "prompt_ids", "outputs"} - row.keys()
         lm.expect(not missing, f"{path}:{line}", f"no {sorted(missing)}", "them")
         for i, output in enumerate(row["outputs"]):
-            missing = needed - output.keys()
-            lm.expect(not missing, f"{path}:{line}: outputs[{i}]", f"no {sorted(missing)}", "them")
-            score = output.get("score")
-            finite = score is None or math.isfinite(score)
-            lm.expect(finite, f"{path}:{line}: outputs[{i}]: score", score, "a finite number")
+            where, missing = f"{path}:{line}: outputs[{i}]", needed - output.keys()
+            lm.expect(not missing, where, f"no {sorted(missing)}", "them")
+            score = output.get("score") or 0
+            lm.expect(math.isfinite(score), f"{where}: score", score, "a finite number")
         yield line, row
 
 
-def score_file(judge, samples_path, scores_path, key=None, label="judging"):
+def score_file(judge, samples_path, scores_path, key=None):
     """Writes the scores of a file of samples; the same call resumes after the last whole group."""
     counts = [len(row["outputs"]) for _, row in read_samples(samples_path)]
     group = judge.group(max(counts, default=1))
 
     def groups(done):
         rows = islice(lm.read_jsonl(samples_path), done, None)
-        with lm.progress_bar(label, len(counts), done, "instructions") as bar:
+        with lm.progress_bar("judging", len(counts), done, "instructions") as bar:
             for first in range(done, len(counts), group):
                 part = list(islice(rows, group))
                 yield list(score_rows(judge, part, samples_path, first))
@@ -414,9 +395,9 @@ def score_file(judge, samples_path, scores_path, key=None, label="judging"):
 
 
 def score_rows(judge, rows, path, name):
-    """Yields rows of scores of (line, row of samples) pairs; no judge sees what is not a response.
+    """Yields a row of scores for each (line, row of samples). name: as in Pairwise.run.
 
-    What could not be cut has none, and a score of None. name: as in Pairwise.run.
+    An output without a response is shown to no judge; its score is None.
     """
     items, places = [], []
     for _, row in rows:
@@ -438,15 +419,12 @@ def score_rows(judge, rows, path, name):
 
 
 def win_rate(ours, theirs):
-    """(rate, low, high) of our scores against theirs, by one judge on the same instructions.
+    """(rate, low, high) of our scores against theirs, on the same instructions.
 
-    A tie is half a win; None is below any score. low, high: Wilson's 95% interval, which takes
-    ties to vary as much as wins and losses do, and so errs on the wide side.
+    A tie is half a win; None is below any score. low, high: Wilson's interval, wide for ties.
     """
-    wins = 0
-    for pair in zip(ours, theirs, strict=True):
-        a, b = (-math.inf if score is None else score for score in pair)
-        wins += (a > b) + 0.5 * (a == b)
+    ours, theirs = ([-math.inf if s is None else s for s in side] for side in (ours, theirs))
+    wins = sum((a > b) + 0.5 * (a == b) for a, b in zip(ours, theirs, strict=True))
     return wins / len(ours), *wilson_interval(wins / len(ours), len(ours))
 
 
@@ -463,13 +441,11 @@ def compare_files(judge, ours_path, theirs_path):
     ours, theirs = (list(read_samples(path)) for path in (ours_path, theirs_path))
     same = [row["instruction"] for _, row in ours] == [row["instruction"] for _, row in theirs]
     lm.expect(same, theirs_path, "other instructions", f"those of {ours_path}, in order")
-    both = [
-        (line, {**a, "outputs": [a["outputs"][0], b["outputs"][0]]})
-        for (line, a), (_, b) in zip(ours, theirs, strict=True)
-    ]
+    for (_, row), (_, other) in zip(ours, theirs, strict=True):
+        row["outputs"] = [row["outputs"][0], other["outputs"][0]]
     group, scores = judge.group(2), []
-    for first in range(0, len(both), group):
-        for row in score_rows(judge, both[first : first + group], ours_path, first):
+    for first in range(0, len(ours), group):
+        for row in score_rows(judge, ours[first : first + group], ours_path, first):
             scores.append([output["score"] for output in row["outputs"]])
     return win_rate(*zip(*scores, strict=True))
 
@@ -491,8 +467,7 @@ def read_rho(text):
 def describe_pairs(made):
     """How many pairs, with which rho, and why not more, in a line."""
     none = "".join(f"; {count} none: {why}" for why, count in made["no_pair"].items())
-    failed = f"{made['failed']:.0%} reject failed"
-    return f"{made['pairs']:,} pairs ({failed}), rho {made['rho']:g}{none}"
+    return "{pairs:,} pairs ({failed:.0%} reject failed), rho {rho:g}".format(**made) + none
 
 
 def main():
@@ -502,7 +477,7 @@ def main():
     add("--samples", required=True, help="file of samples, from sample.py")
     add("--output", help="file of scores to write")
     add("--pairs", help="file of pairs to write; without --output, --samples is a file of scores")
-    add("--rho", default="0.0", help=RHO_HELP + " (default 0.0)")
+    add("--rho", type=read_rho, default="0.0", help=RHO_HELP + " (default 0.0)")
     add("--reject-failed", action=argparse.BooleanOptionalAction, default=True, help=FAILED_HELP)
     add("--against", help="file of samples: print the win rate of --samples' first outputs")
     args = parser.parse_args()
@@ -514,7 +489,6 @@ def main():
     some = any(output["response"] is not None for row in rows for output in row["outputs"])
     lm.expect(some, args.samples, "no response", "some to judge")
     options, where = lm.options_of(Options, args), lm.options_of(lm.Device, args)
-    read_rho(args.rho)  # refused before the long work
     if args.output or args.against:
         judge = load_judge(args.judge, where.device, lm.DTYPES[where.dtype], options)
     if args.output:

@@ -1,22 +1,18 @@
 """Sampling (sections 2.1 and 3.1): thought prompts in, K outputs an instruction out.
 
-A model is asked to write a thought and then a response. `generate` draws K completions for each
-prompt; `split_output` cuts each into the thought and the response.
-
-In: a checkpoint and a file of instructions. Out: a file of samples, one line an instruction: its
-fields, `prompt_ids`, and `outputs`, each with `ids`, `thought`, `response`, `finished`.
+`generate` draws K completions for each prompt; `split_output` cuts each into its thought and its
+response. In: a checkpoint and a file of instructions. Out: a file of samples, one line an
+instruction: its fields, `prompt_ids`, and `outputs` with `ids`, `thought`, `response`, `finished`.
 
     python sample.py --model DIR --instructions FILE --output FILE    # K samples an instruction
     python sample.py --model DIR "an instruction"                     # one answer to the terminal
     python sample.py --model DIR                                      # instructions, one a line
 """
 
-import contextlib
 import sys
 import time
-from collections import deque
-from dataclasses import dataclass, field
-from itertools import count
+from dataclasses import dataclass
+from itertools import count, islice
 from pathlib import Path
 
 import model as lm
@@ -47,11 +43,7 @@ RESPONSE_MARKERS = {"specific": "<R>", "generic": MARKER, "system": MARKER}
 
 
 def thought_prompt(instruction, style):
-    """The user's turn that asks for a thought before the response; style names the prompt.
-
-    >>> thought_prompt("Why is the sky blue?", "specific")[-39:]
-    '"<R>".\\nUser query: Why is the sky blue?'
-    """
+    """The user's turn that asks for a thought before the response; style names the prompt."""
     return THOUGHT_PROMPTS[style].replace("{instruction}", instruction)
 
 
@@ -75,16 +67,14 @@ def draw(logits, uniforms, temperature, top_p, candidates=64):
     """One token a row from softmax(logits / temperature) cut at top-p, by inverting its CDF.
 
     logits (N, V); uniforms (N,) float64 in [0, 1). Returns a list of N ids. The nucleus is the
-    fewest most likely tokens whose probabilities reach top_p; which of equally likely ones comes
-    first is left open. A temperature below 1e-6 is greedy: the division could overflow.
+    fewest most likely tokens whose probabilities reach top_p, whichever of equally likely ones.
     candidates: top-p looks at so many tokens first, then at all; measured: tests/benchmarks.
     """
     V = logits.shape[-1]
     narrow = top_p < 1 and candidates < V
     finite = logits.amax(-1).isfinite()
-    wide = torch.zeros_like(finite)  # rows whose nucleus is wider than the candidates
-    if temperature < 1e-6:
-        ids = logits.argmax(-1)
+    if temperature < 1e-6:  # greedy: the division could overflow
+        ids, wide = logits.argmax(-1), torch.zeros_like(finite)
     else:
         ranked = (logits / temperature).softmax(-1)  # (N, V)
         order = torch.arange(V, device=logits.device).expand_as(ranked)
@@ -96,7 +86,8 @@ def draw(logits, uniforms, temperature, top_p, candidates=64):
         last = (cdf[:, :-1] < top_p).sum(-1, keepdim=True)  # the nucleus ends here
         target = uniforms[:, None] * cdf.gather(-1, last)
         choice = (cdf <= target).sum(-1, keepdim=True).minimum(last)
-        ids, wide = order.gather(-1, choice)[:, 0], cdf[:, -1] < top_p
+        ids = order.gather(-1, choice)[:, 0]
+        wide = cdf[:, -1] < top_p  # the nucleus is wider than the candidates
     # The one wait for the device in a step.
     ids, wide, finite = torch.stack([ids, wide.long(), finite.long()]).tolist()
     lm.expect(all(finite), "the model's logits", "NaN or infinity", "finite: another --dtype")
@@ -112,16 +103,10 @@ def draw(logits, uniforms, temperature, top_p, candidates=64):
 class Completion:
     """ids: the tokens drawn, the stop token included. finished: whether one was drawn."""
 
-    ids: list[int] = field(default_factory=list)
-    finished: bool = False
-    uniforms: np.ndarray | None = field(default=None, repr=False, compare=False)  # one a token
-    prompt_length: int = 0
-    limit: int = 0  # most tokens
-
-    @property
-    def position(self):
-        """Where the last token goes in the cache: it holds this many positions before it."""
-        return self.prompt_length + len(self.ids) - 1
+    ids: list[int]
+    finished: bool
+    uniforms: np.ndarray | None = None  # one for each token it may have; None when it has ended
+    position: int = 0  # where its last token goes in the cache, behind as many others
 
 
 @torch.inference_mode()
@@ -143,10 +128,8 @@ def generate(
 
     prompts: lists of token ids. Returns one list a prompt of num_samples Completions. Each draws
     from a stream of its own, named by the seed, its prompt's name (by default the index) and its
-    own index; what else is in the batch does not touch it. It ends at a stop id, after
-    max_new_tokens, or where the context is full; on_end(completion) is called then.
-
-    Continuous batching: a row that ends leaves at once, and its slot takes the next completion.
+    own index, whatever else is in the batch. It ends at a stop id, after max_new_tokens, or where
+    the context is full; on_end(completion) is called then.
     """
     if not prompts:
         return []
@@ -155,7 +138,7 @@ def generate(
     for i, (name, ids) in enumerate(zip(names, prompts, strict=True)):
         limit = min(max_new_tokens, room_after(ids, model.config, f"prompt {i}"))
         own = [lm.stream(seed, "completion", name, j).random(limit) for j in range(num_samples)]
-        completions.append([Completion([], False, u, len(ids), limit) for u in own])
+        completions.append([Completion([], False, u, len(ids) - 1) for u in own])
     if decoder is None:
         decoder = decoder_for(model, prompts, len(prompts) * num_samples, max_new_tokens)
 
@@ -166,31 +149,32 @@ def generate(
     def ended(row, token):
         """Gives a row its next token; True when that ends it."""
         row.ids.append(token)
+        row.position += 1
         row.finished = token in stop_ids
-        is_last = row.finished or len(row.ids) == row.limit
-        if is_last and on_end:
-            on_end(row)
-        return is_last
+        if row.finished or len(row.ids) == len(row.uniforms):
+            row.uniforms = None
+            if on_end:
+                on_end(row)
+        return row.uniforms is None
 
-    queue, active = deque(range(len(prompts))), []  # prompts to prefill; rows by their slot
-    held, waiting = None, deque()  # the last prompt's keys and values, and its rows without a slot
+    def arrivals():
+        """Rows with their first token; a prompt is prefilled once for its K completions."""
+        for prompt, own in zip(prompts, completions, strict=True):
+            keys, values, logits = decoder.prefill(prompt)
+            tokens = draw(logits.expand(len(own), -1), uniforms_of(own), temperature, top_p)
+            for row, token in zip(own, tokens, strict=True):
+                if not ended(row, token):
+                    yield row, keys, values
+
+    queue, active = arrivals(), []  # active: rows by their slot
     for step in count():
-        # 1. Admit: rows take the free slots. A prompt is prefilled once for its K completions.
-        while len(active) < decoder.slots and (queue or waiting):
-            if waiting:
-                decoder.cache.write(len(active), *held)
-                active.append(waiting.popleft())
-                continue
-            i = queue.popleft()
-            *held, logits = decoder.prefill(prompts[i])
-            uniforms = uniforms_of(completions[i])
-            tokens = draw(logits.expand(num_samples, -1), uniforms, temperature, top_p)
-            pairs = zip(completions[i], tokens, strict=True)
-            waiting.extend(row for row, token in pairs if not ended(row, token))
+        # 1. Admit: new rows take the free slots at once (continuous batching).
+        for row, *held in islice(queue, decoder.slots - len(active)):
+            decoder.cache.write(len(active), *held)
+            active.append(row)
         if not active:
             return completions
-        # 2. Step: one token for every active row. Now and then rows and slots are sorted by length,
-        # so that a part of the slots reads few keys.
+        # 2. Step: one token a row. Now and then rows are sorted by length, so that some read less.
         if step % 64 == 0 and max(row.position for row in active) >= 512:
             order = sorted(range(len(active)), key=lambda slot: active[slot].position)
             decoder.cache.reorder(order)
@@ -237,10 +221,8 @@ class Decoder:
         return self.forward(both, self.lengths(positions))
 
     def lengths(self, positions, step=1):
-        """How many keys each part of the slots reads, by its longest row, in multiples of `step`.
-
-        A part more for every 256 positions, up to 4: where rows are short, one read is faster.
-        """
+        """How many keys each part of the slots reads: its longest row's, in multiples of step."""
+        # A part more for every 256 positions, up to 4: where rows are short, one read is faster.
         size = -(-len(positions) // max(1, min(4, max(positions) // 256)))
         longest = [max(positions[i : i + size]) for i in range(0, len(positions), size)]
         return tuple(min((n // step + 1) * step, self.length) for n in longest)
@@ -252,11 +234,9 @@ class Decoder:
         return lm.logits_of(hidden, self.model.head)
 
     def replay(self, both, positions):
-        """`forward` as a CUDA graph: one launch a step instead of hundreds.
-
-        Its shapes are static: rows are rounded up to a power of two, the keys read to multiples of
-        512. The rows beyond n write to free slots and are dropped.
-        """
+        """`forward` as a CUDA graph: one launch a step instead of hundreds."""
+        # A graph's shape is fixed: rows are rounded up to a power of two, keys to multiples of 512.
+        # The rows beyond n write to free slots and are dropped.
         n = len(positions)
         rows = min(1 << (n - 1).bit_length(), self.slots)
         shape = (rows, self.lengths(positions + [0] * (rows - n), 512))
@@ -283,32 +263,27 @@ def room_after(ids, config, where):
     return room
 
 
-MOST_SLOTS = 256  # ours: beyond it a step costs nearly in proportion to its rows
-DRAW_BYTES = 40  # a row's logit: itself, its probability, sorted whole with order and sums
-
-
 def plan_slots(model, length, completions, memory=None):
     """How many slots of `length` positions the memory budget holds.
 
     memory: in GiB; by default 4 on the CPU, and on a GPU 90% of it less the weights and what
     drawing takes. What is free at the moment is not asked: the same command forms equal batches.
     """
-    weight = model.head
+    weight, most = model.head, 256  # ours: beyond it a step costs nearly in proportion to its rows
     slot_bytes = length * lm.KVCache.bytes_per_token(model.config, weight.dtype)
     room = (4 if memory is None else memory) * lm.GIB
     if memory is None and weight.is_cuda:
         room = 0.9 * torch.cuda.get_device_properties(weight.device).total_memory
         room -= sum(p.nbytes for p in model.parameters())
-        room -= MOST_SLOTS * DRAW_BYTES * weight.shape[0]
-    slots = min(MOST_SLOTS, completions, int(room // slot_bytes))
+        room -= most * 40 * weight.shape[0]  # a logit, its probability, sorted with order and sums
+    slots = min(most, completions, int(room // slot_bytes))
     least = f"{slot_bytes / lm.GIB:.2f} GiB or more for one sequence of {length} tokens"
     lm.expect(slots >= 1, "--cache-memory", f"{room / lm.GIB:.2f} GiB", least)
     return slots
 
 
 def decoder_for(model, prompts, completions, max_new_tokens, memory=None):
-    longest = max(map(len, prompts)) + max_new_tokens
-    length = min(longest, model.config.max_position_embeddings)
+    length = min(max(map(len, prompts)) + max_new_tokens, model.config.max_position_embeddings)
     return Decoder(model, plan_slots(model, length, completions, memory), length)
 
 
@@ -331,11 +306,7 @@ EVALUATION = {"num_samples": 1, "resample": 3}  # where an answer is read (draft
 
 
 def read_instructions(path):
-    """The rows of a file of instructions, each with its text under `instruction`.
-
-    JSON lines, or .json holding a list; the text stands under `instruction`, `prompt` or
-    `question` (AlpacaEval, Arena-Hard and GSM8K files work as they are).
-    """
+    """Rows of a file, JSON lines or .json holding a list, each with its text as `instruction`."""
     listed, rows = Path(path).suffix == ".json", []
     for place, row in enumerate(lm.read_json(path, list), 1) if listed else lm.read_jsonl(path):
         lm.expect(isinstance(row, dict), f"{path}:{place}", repr(row)[:40], "a JSON object")
@@ -364,11 +335,10 @@ def make_prompts(rows, tokenizer, style, config, path):
     return prompts
 
 
-def sample_file(model, tokenizer, rows, options, path, key, source, label="sampling"):
-    """Samples instructions into the file `path`; the same call resumes after the last whole group.
+def sample_file(model, tokenizer, rows, options, path, key, source):
+    """Samples instructions into the file `path`; the same call resumes, with the same batches.
 
     rows: read_instructions' dicts, of the file `source`. key: what else the samples depend on.
-    Groups are fixed: a resumed run forms the very batches of one that was never stopped.
     """
     prompts = make_prompts(rows, tokenizer, options.thought, model.config, source)
     K, group = options.num_samples, max(1, options.group // options.num_samples)
@@ -378,7 +348,7 @@ def sample_file(model, tokenizer, rows, options, path, key, source, label="sampl
 
     def groups(done):
         tokens, began = 0, time.monotonic()
-        with lm.progress_bar(label, len(rows) * K, done * K, "outputs") as bar:
+        with lm.progress_bar("sampling", len(rows) * K, done * K, "outputs") as bar:
 
             def on_end(completion):
                 nonlocal tokens
@@ -425,8 +395,8 @@ def read_output(completion, tokenizer, style):
     # Special tokens drawn inside an output are left out, so that none reaches the judge's prompt.
     text = tokenizer.decode(ids, skip_special_tokens=True)
     output = {"ids": completion.ids, "text": text, "finished": completion.finished, "tries": 1}
-    thought, response = split_output(text, style) or (None, None)
-    for name, part in (("thought", thought), ("response", response)):
+    parts = split_output(text, style) or (None, None)
+    for name, part in zip(("thought", "response"), parts, strict=True):
         tokens = None if part is None else len(tokenizer.encode(part, add_special_tokens=False))
         output |= {name: part, f"{name}_tokens": tokens}
     return output
@@ -454,19 +424,13 @@ def main():
     options, tokenizer = lm.options_of(Options, args), lm.load_tokenizer(args.model)
     where = lm.options_of(lm.Device, args)
     model = lm.load_model(args.model, where.device, lm.DTYPES[where.dtype])
-    (answer_file if args.output else answer)(args, options, model, tokenizer)
-
-
-def answer_file(args, options, model, tokenizer):
-    """A file of instructions to a file of samples, or to the answer file of a benchmark."""
+    if args.output is None:
+        return answer(args, options, model, tokenizer)
     rows, samples = read_instructions(args.instructions), args.output
     for place, row in enumerate(rows if args.format == "arena_hard" else (), 1):
         lm.expect("uid" in row, f"{args.instructions}: instruction {place}", "no uid", "one")
-    key = {
-        "model": lm.hash_of(lm.checkpoint_folder(args.model)),
-        "dtype": args.dtype,
-        "instructions": lm.hash_of(Path(args.instructions)),
-    }
+    key = {"model": lm.hash_of(lm.checkpoint_folder(args.model)), "dtype": args.dtype}
+    key["instructions"] = lm.hash_of(Path(args.instructions))
     if args.format != "jsonl":  # aside, and named after the options, so that no others take it
         samples += f".{lm.hash_of([key, vars(options)])[:8]}.samples"
     sample_file(model, tokenizer, rows, options, samples, key, args.instructions)
@@ -497,7 +461,10 @@ def answer_row(row, output, form, model):
 def answer(args, options, model, tokenizer):
     """Answers to the terminal: each response, and on request its thought before it, dimmed."""
     dim, plain = ("\033[2m", "\033[0m") if sys.stdout.isatty() else ("", "")
-    for text in typed_lines() if args.instruction is None else [args.instruction]:
+    if args.instruction is None and sys.stdin.isatty():
+        print("instructions, one a line; Ctrl-D ends")
+    typed = (line.rstrip("\n") for line in sys.stdin if line.strip())
+    for text in typed if args.instruction is None else [args.instruction]:
         lm.expect(text.strip(), "instruction", repr(text), "a text")
         row = {"instruction": text}
         ((prompt, ids),) = make_prompts([row], tokenizer, options.thought, model.config, "terminal")
@@ -510,15 +477,6 @@ def answer(args, options, model, tokenizer):
                 print(f"{dim}{output['thought'] if cut else output['text']}{plain}")
             hint = "" if args.show_thought else "; --show-thought shows the output whole"
             print(output["response"] if cut else f"no response could be cut{hint}", flush=True)
-
-
-def typed_lines():
-    """Instructions from standard input, one a line, until its end."""
-    with contextlib.suppress(EOFError):
-        while True:
-            line = input("> " if sys.stdin.isatty() else "")
-            if line.strip():
-                yield line
 
 
 if __name__ == "__main__":

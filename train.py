@@ -8,11 +8,9 @@ at a time: the policy, then the judge, then the policy again.
 A run's folder holds options.json, log.jsonl and, for each iteration, samples.jsonl, scores.jsonl,
 pairs.jsonl and checkpoint/. The same command resumes it.
 
-    python train.py                                 # the toy world of tests/toy, in minutes
-    python train.py --model meta-llama/Meta-Llama-3-8B-Instruct \\
-        --judge RLHFlow/ArmoRM-Llama3-8B-v0.1 --instructions ultrafeedback.jsonl \\
-        --validation heldout.jsonl --device cuda --dtype bfloat16       # the paper's run
-    python train.py --report runs/a runs/b          # finished runs side by side
+    python train.py                           # the toy world of tests/toy, in minutes
+    python train.py --model DIR --judge DIR --instructions FILE --validation FILE
+    python train.py --report runs/a runs/b    # finished runs side by side
 """
 
 import fcntl
@@ -36,10 +34,7 @@ import torch
 
 
 def tpo(run, rows, held_out):
-    """Every iteration of TPO. rows, held_out: training and validation instructions.
-
-    The numbers are those of the README's steps. A stage that is in the log is done.
-    """
+    """All iterations; the numbers are the README's steps. A stage that is in the log is done."""
     validate_seed(run, held_out)
     n, last = run.options.prompts_per_iteration, run.options.iterations
     for t in range(1, last + 1):
@@ -59,13 +54,12 @@ def sample_outputs(run, t, rows):
         return
     model, path = run.load(t - 1), run.file(t, "samples.jsonl")
     # No second try: what cannot be cut is to be rejected.
-    write_samples(run, model, rows, path, f"{t}: sampling", f"iteration-{t}", resample=0)
+    write_samples(run, model, rows, path, f"iteration-{t}", resample=0)
     outputs = [output for row in read(path) for output in row["outputs"]]
     tokens = sum(len(output["ids"]) for output in outputs)
     unparsed = mean([output["response"] is None for output in outputs])
     row = {"stage": "sample", "iteration": t, "tokens": tokens, "unparsed": unparsed}
-    text = f"{len(outputs):,} outputs, {tokens:,} tokens; {percent(unparsed)} not cut"
-    run.finish(row, "sampling", text)
+    run.finish(row, f"{len(outputs):,} outputs, {tokens:,} tokens; {unparsed:.1%} not cut")
 
 
 def judge_outputs(run, t):
@@ -73,11 +67,9 @@ def judge_outputs(run, t):
     if run.logged("judge", t):
         return
     scores, pairs = run.file(t, "scores.jsonl"), run.file(t, "pairs.jsonl")
-    label = f"  {t}: judging"
-    judging.score_file(run.load(), run.file(t, "samples.jsonl"), scores, label=label)
+    judging.score_file(run.load(), run.file(t, "samples.jsonl"), scores)
     made = judging.write_pairs(scores, pairs, run.options.rho, run.options.reject_failed)
-    text = judging.describe_pairs(made)
-    run.finish({"stage": "judge", "iteration": t, **made}, "judging", text)
+    run.finish({"stage": "judge", "iteration": t, **made}, judging.describe_pairs(made))
 
 
 def train_policy(run, t, held_out):
@@ -89,20 +81,17 @@ def train_policy(run, t, held_out):
 
     def end_of_epoch(epoch, model):
         path = folder / f"epoch-{epoch}"
-        path.mkdir(exist_ok=True)
         if not (path / "checkpoint").exists():
             lm.save_model(model, path / "checkpoint", source)
-        path, label = path / "validation.jsonl", f"{t}: validation, epoch {epoch}"
-        write_samples(run, model, held_out, path, label, "validation", num_samples=1)
+        write_samples(run, model, held_out, path / "validation.jsonl", "validation", num_samples=1)
 
     def log(record):
         run.log({"stage": "dpo", "iteration": t, **record}, "step")
 
     options, model = replace(run.dpo, seed=f"{run.dpo.seed}/iteration-{t}"), run.load(t - 1)
-    dpo.train(model, pairs, options, folder / "state", log, end_of_epoch, f"  {t}: DPO")
+    dpo.train(model, pairs, options, folder / "state", log, end_of_epoch)
     text = "{step} steps; the last: loss {loss:.2f}, accuracy {accuracy:.2f}, margin {margin:.2f}"
-    text = text.format(**run.logged("dpo", t)[-1])
-    run.finish({"stage": "train", "iteration": t}, "DPO", text)
+    run.finish({"stage": "train", "iteration": t}, text.format(**run.logged("dpo", t)[-1]))
 
 
 def select_epoch(run, t):
@@ -120,13 +109,11 @@ def select_epoch(run, t):
         kept = rows[-1] if run.options.select == "last" else kept
         epoch = folder / f"epoch-{kept['epoch']}"
         for name in ("validation.jsonl", "validation-scores.jsonl"):
-            with lm.write_whole(folder / name) as aside:
-                shutil.copyfile(epoch / name, aside)
+            lm.write_jsonl(folder / name, read(epoch / name))
         if (epoch / "checkpoint").exists():
             (epoch / "checkpoint").replace(folder / "checkpoint")
-        text = f"exact match {percent(kept['exact_match'])}, win rate {percent(kept['win_rate'])}"
-        text = f"epoch {kept['epoch']} of {run.dpo.epochs} kept: {text}"
-        run.finish({**kept, "stage": "validation"}, "validation", text)
+        text = f"exact match {percent(kept, 'exact_match')}, win rate {percent(kept, 'win_rate')}"
+        run.finish({**kept, "stage": "validation"}, f"epoch {kept['epoch']}: {text}")
         _, pays = before_and_after(run, 1)  # so that every iteration shows the same
         say(example(run, t, pays[0], begin=t == 1))
     for path in [*folder.glob("epoch-*"), folder / "state"]:
@@ -134,12 +121,12 @@ def select_epoch(run, t):
 
 
 def validate_seed(run, held_out):
-    """The seed on held-out instructions, asked to think (unless the style is none) and directly.
+    """The seed on held-out instructions, asked directly and, unless the style is none, to think.
 
-    Its direct responses are what every later model's win rate is measured against. The longest
-    possible pair is tried out first, so that a lack of memory shows before the long work.
+    Every later win rate is against its direct responses. The longest possible pair is tried out
+    first, so that a lack of memory shows before the long work.
     """
-    styles = dict.fromkeys((run.sampling.thought, "none"))
+    styles = (run.sampling.thought, "none")
     paths = {style: run.file(0, f"validation-{style}.jsonl") for style in styles}
     names = ("micro_batch_tokens", "keep_activations", "optimizer_device")  # what is fitted
     if len(run.logged("validation", 0)) < len(paths):
@@ -148,18 +135,13 @@ def validate_seed(run, held_out):
             fitted = asdict(dpo.fit_options(model, run.longest_pair, run.dpo))
             run.log({"stage": "plan", "iteration": 0} | {name: fitted[name] for name in names})
         for style, path in paths.items():
-            changes = {"thought": style, "num_samples": 1}
-            write_samples(run, model, held_out, path, f"seed, {style}", "validation", **changes)
+            write_samples(run, model, held_out, path, "validation", thought=style, num_samples=1)
             check_format(path)
         del model
         judge = run.load()
         for style, path in reversed(paths.items()):
             run.log({"stage": "validation", **validate(run, judge, path, 0, style)}, "thought")
-        rows = run.logged("validation", 0)
-        key = "win_rate" if rows[0]["exact_match"] is None else "exact_match"
-        shares = [percent(row[key]) for row in rows]
-        thinking = "".join(f", {share} asked to think" for share in shares[1:])
-        say(f"seed: {key.replace('_', ' ')} {shares[0]} asked directly{thinking}")
+        say(report(run.log_rows))
     (plan,) = run.logged("plan", 0)
     run.dpo = replace(run.dpo, **{name: plan[name] for name in names})
 
@@ -170,28 +152,24 @@ def check_format(path):
     hint = "some: another --thought, a larger --max-new-tokens or a seed that follows instructions"
     lm.expect(cut > 0, path, "no output that can be cut", hint)
     if cut < 0.5:
-        say(f"only {percent(cut)} of the seed's outputs can be cut: try another --thought")
+        say(f"only {cut:.1%} of the seed's outputs can be cut: try another --thought")
 
 
-def write_samples(run, model, rows, path, label, name, **changes):
+def write_samples(run, model, rows, path, name, **changes):
     """Samples `rows` into a file, with changed options; `name` names the random streams."""
     options = replace(run.sampling, seed=f"{run.sampling.seed}/{name}", **changes)
-    tokenizer = lm.load_tokenizer(run.seed)
-    sample.sample_file(model, tokenizer, rows, options, path, {}, name, f"  {label}")
+    sample.sample_file(model, lm.load_tokenizer(run.seed), rows, options, path, {}, name)
 
 
-def validate(run, judge, path, iteration, style):
+def validate(run, judge, path, t, style):
     """The figures of one file of validation samples, as log.jsonl holds them."""
     judged, scores = path, path.with_name(path.stem + "-scores.jsonl")
     pairwise = isinstance(judge, judging.Pairwise)
     if pairwise:  # it compares ours with the seed's direct output, which is put behind it
-        judged, both = path.with_name(path.stem + "-and-seed.jsonl"), []
-        seed = read(run.file(0, "validation-none.jsonl"))
-        for row, other in zip(read(path), seed, strict=True):
-            both.append({**row, "outputs": row["outputs"] + other["outputs"]})
-        lm.write_jsonl(judged, both)
-    label = f"  {iteration}: judging the validation" if iteration else "  seed: judging"
-    judging.score_file(judge, judged, scores, label=label)
+        judged = path.with_name(path.stem + "-and-seed.jsonl")
+        both = zip(read(path), read(run.file(0, "validation-none.jsonl")), strict=True)
+        lm.write_jsonl(judged, ({**a, "outputs": a["outputs"] + b["outputs"]} for a, b in both))
+    judging.score_file(judge, judged, scores)
     ours = read(scores)
     theirs = ours if pairwise else read(run.file(0, "validation-none-scores.jsonl"))
     # The seed's output is the last of its row: the only one, or the one behind ours.
@@ -200,8 +178,7 @@ def validate(run, judge, path, iteration, style):
         name: measure([pair for pair in compared if pair[0].get("category") == name])
         for name in sorted({row["category"] for row in ours if "category" in row})
     }
-    figures = {"iteration": iteration, "thought": style, **measure(compared)}
-    return {**figures, "by_category": by_category}
+    return {"iteration": t, "thought": style, **measure(compared), "by_category": by_category}
 
 
 def read(path):
@@ -209,10 +186,7 @@ def read(path):
 
 
 def measure(compared):
-    """Figures of (row, score of the seed's direct response) pairs; a row's first output counts.
-
-    unparsed: the share whose first try could not be cut; unparsed_left: after the last.
-    """
+    """Figures of (row, score of the seed's direct response) pairs; a row's first output counts."""
     rows, theirs = zip(*compared, strict=True)
     outputs = [row["outputs"][0] for row in rows]
     rate, *interval = judging.win_rate([output["score"] for output in outputs], theirs)
@@ -225,8 +199,8 @@ def measure(compared):
         "win_rate_interval": interval,
         "exact_match": mean(right),
         "exact_match_interval": judging.wilson_interval(mean(right), len(right)) if right else None,
-        "unparsed": mean([o["response"] is None or o["tries"] > 1 for o in outputs]),
-        "unparsed_left": 1 - len(cut) / len(outputs),
+        "unparsed": mean([o["response"] is None or o["tries"] > 1 for o in outputs]),  # first try
+        "unparsed_left": 1 - len(cut) / len(outputs),  # after the last try
         "thought_tokens": mean([output["thought_tokens"] for output in cut]),
         "response_tokens": mean([output["response_tokens"] for output in cut]),
     }
@@ -241,9 +215,7 @@ def is_right(row):
 
 
 def exact_match(response, answer):
-    """Whether a response gives the known answer, as final_answer reads both.
-
-    An answer that is a number is also given by a text whose last number it is.
+    """Whether a response gives the known answer; of a number, whether it is the last number.
 
     >>> exact_match("The answer is Paris. Enjoy!", "paris"), exact_match("$1,200", "#### 1200")
     (True, True)
@@ -253,9 +225,9 @@ def exact_match(response, answer):
     given, wanted = final_answer(response), final_answer(str(answer))
     number = r"-?\d[\d,]*(?:\.\d+)?"
     numbers = re.findall(number, given)
-    if given == wanted or not numbers or not re.fullmatch(number, wanted):
-        return given == wanted
-    return float(numbers[-1].replace(",", "")) == float(wanted.replace(",", ""))
+    if numbers and re.fullmatch(number, wanted):
+        given, wanted = (float(text.replace(",", "")) for text in (numbers[-1], wanted))
+    return given == wanted
 
 
 def final_answer(text):
@@ -267,17 +239,7 @@ def final_answer(text):
     return " ".join(text.casefold().split()).strip(" :.")
 
 
-# What a person sees, in 80 columns
-
-say = partial(print, flush=True)
-
-
-def percent(share, interval=None):
-    """As in 70.2%, or 70.2% (66 to 74) with its 95% interval."""
-    if share is None:
-        return "-"
-    low, high = interval or (0, 0)
-    return f"{100 * share:.1f}%" + (f" ({100 * low:.0f} to {100 * high:.0f})" if interval else "")
+say = partial(print, flush=True)  # into a pipe too
 
 
 def time_left(run, t):
@@ -290,9 +252,11 @@ def time_left(run, t):
     return f", about {left / size:.0f} {unit} left in all"
 
 
-def model_name(row):
-    style = "directly" if row["thought"] == "none" else "to think"
-    return f"iteration {row['iteration']}" if row["iteration"] else f"seed, {style}"
+def percent(row, key):
+    """As in 70.2%, or 70.2% (66 to 74) where the row has a 95% interval too."""
+    text = "-" if row[key] is None else f"{row[key]:.1%}"
+    interval = row.get(f"{key}_interval")
+    return f"{text} ({100 * interval[0]:.0f} to {100 * interval[1]:.0f})" if interval else text
 
 
 def report(rows, by_category=False):
@@ -300,17 +264,18 @@ def report(rows, by_category=False):
     rows = [row for row in rows if row["stage"] == "validation"]
     table = [["", "exact match", "win rate", "not cut", "thought", "response"]]
     for row in rows:
-        shares = [percent(row[key], row[f"{key}_interval"]) for key in ("exact_match", "win_rate")]
+        seed = "seed, directly" if row["thought"] == "none" else "seed, to think"
+        name = f"iteration {row['iteration']}" if row["iteration"] else seed
+        shares = [percent(row, key) for key in ("exact_match", "win_rate", "unparsed")]
         lengths = (row["thought_tokens"], row["response_tokens"])
         lengths = ["-" if length is None else f"{length:.1f}" for length in lengths]
-        table.append([model_name(row), *shares, percent(row["unparsed"]), *lengths])
+        table.append([name, *shares, *lengths])
     text, categories = aligned(table), sorted({name for row in rows for name in row["by_category"]})
     if by_category and categories:
-        table = [["exact match", *map(model_name, rows)]]
+        table = [["exact match", *(line[0] for line in table[1:])]]
         for category in categories:
             parts = [row["by_category"][category] for row in rows]
-            shares = [percent(p["exact_match"], p["exact_match_interval"]) for p in parts]
-            table.append([category, *shares])
+            table.append([category, *(percent(part, "exact_match") for part in parts)])
         text += "\n\n" + aligned(table)
     return text
 
@@ -368,18 +333,16 @@ class Run:
     """A run's folder, its options, and its log; what every stage is handed."""
 
     def __init__(self, args):
-        parts = [lm.options_of(part, args) for part in ALL_OPTIONS]
+        self.args = args
+        parts = (lm.options_of(part, args) for part in ALL_OPTIONS)
         self.options, self.sampling, self.judging, self.dpo, self.device = parts
-        self.values = {name: value for part in parts for name, value in asdict(part).items()}
         judging.read_rho(self.options.rho)
-        half = self.device.dtype == "float16"
-        lm.expect(not half, "--dtype", "float16", "bfloat16 or float32 to train")
+        lm.expect(self.device.dtype != "float16", "--dtype", "float16", "bfloat16 or float32")
         for name in PATHS:
-            lm.expect(self.values[name] is not None, f"--{name}", "none", "a path")
+            lm.expect(getattr(args, name) is not None, f"--{name}", "none", "a path")
         self.folder = Path(self.options.output or f"runs/{self.sampling.thought}")
         self.seed = lm.checkpoint_folder(self.options.model)
         self.judge = lm.checkpoint_folder(self.options.judge)
-        self.log_rows, self.longest_pair, self.began = [], None, time.monotonic()
 
     def file(self, t, name):
         """A file of iteration t; its folder is made."""
@@ -408,11 +371,11 @@ class Run:
         self.log_rows = [*kept, row]
         lm.write_jsonl(self.folder / "log.jsonl", self.log_rows)
 
-    def finish(self, row, name, text):
-        """Logs the end of a stage with its seconds since it loaded, and says it in one line."""
+    def finish(self, row, text):
+        """Logs the end of a stage with its seconds since it loaded, and says it."""
         self.log({**row, "seconds": time.monotonic() - self.began})
-        lines = textwrap.wrap(text, shutil.get_terminal_size().columns - 14)
-        say(f"  {name:12}" + f"\n{'':14}".join(lines))
+        width = shutil.get_terminal_size().columns
+        say(textwrap.fill(f"  {row['stage']:12}{text}", width, subsequent_indent=14 * " "))
 
     def logged(self, stage, t):
         """The log's rows of a stage of iteration t."""
@@ -427,42 +390,36 @@ def begin(run):
         fcntl.flock(run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         raise lm.InputError(f"{run.folder}: another process is at work on this run") from None
-    file, options = run.options.instructions, run.options
+    options, file = run.options, run.options.instructions
     rows = {row["instruction"]: row for row in reversed(sample.read_instructions(file))}
     rows = list(reversed(rows.values()))  # no instruction is used twice (3.1)
     held_out = sample.read_instructions(options.validation)
     wanted = options.iterations * options.prompts_per_iteration
-    expected = f"{wanted}: {options.iterations} iterations of {options.prompts_per_iteration}"
-    lm.expect(len(rows) >= wanted, file, f"{len(rows)} different instructions", expected)
+    lm.expect(len(rows) >= wanted, file, f"{len(rows)} different instructions", f"{wanted} in all")
     both = {row["instruction"] for row in rows} & {row["instruction"] for row in held_out}
-    found = f"{len(both)} of --validation, as {min(both, default='')[:60]!r}"
-    lm.expect(not both, file, found, "other ones")
-    check_same_run(run)
+    lm.expect(not both, file, f"{len(both)} of --validation: {sorted(both)}"[:80], "other ones")
+    files = (run.seed, run.judge, Path(file), Path(options.validation))
+    hashes = {f"{name}_sha256": lm.hash_of(path) for name, path in zip(PATHS, files, strict=True)}
+    values = vars(run.args) | hashes
+    for name in ("output", "recipe", "report"):  # the folder may be moved
+        del values[name]
+    begun, log = run.folder / "options.json", run.folder / "log.jsonl"
+    if not begun.exists():
+        lm.write_json(begun, values)
+    found = lm.read_json(begun)
+    for name in {**found, **values}:
+        what, now = f"{begun}: {name}", f"{values.get(name)!r} of the command, or another --output"
+        lm.expect(found.get(name) == values.get(name), what, repr(found.get(name)), now)
+    run.log_rows = read(log) if log.exists() else []
     tokenizer, config = lm.load_tokenizer(run.seed), lm.read_config(run.seed)
-    prompts, style = [], run.sampling.thought
+    prompts = []
     for path, part in ((file, rows), (options.validation, held_out)):
-        prompts += [ids for _, ids in sample.make_prompts(part, tokenizer, style, config, path)]
-    longest = max(prompts, key=len)
+        prompts += sample.make_prompts(part, tokenizer, run.sampling.thought, config, path)
+    longest = max((ids for _, ids in prompts), key=len)
     output = [0] * min(run.sampling.max_new_tokens, config.max_position_embeddings - len(longest))
     run.longest_pair = dpo.Pair("the longest possible pair", longest, output, output)
     order = lm.stream(run.sampling.seed, "instructions").permutation(len(rows))
     return [rows[i] for i in order], held_out
-
-
-def check_same_run(run):
-    """options.json: written by a new run, compared by one that resumes. Reads the log."""
-    values = {name: value for name, value in run.values.items() if name != "output"}
-    # A run's folder may be moved, and nothing that it is made from may change.
-    files = (run.seed, run.judge, Path(values["instructions"]), Path(values["validation"]))
-    values |= {f"{name}_sha256": lm.hash_of(file) for name, file in zip(PATHS, files, strict=True)}
-    file, log = run.folder / "options.json", run.folder / "log.jsonl"
-    if not file.exists():
-        lm.write_json(file, values)
-    found = lm.read_json(file)
-    for name in {**found, **values}:
-        what, now = f"{file}: {name}", f"{values.get(name)!r} of the command, or another --output"
-        lm.expect(found.get(name) == values.get(name), what, repr(found.get(name)), now)
-    run.log_rows = read(log) if log.exists() else []
 
 
 @dataclass
@@ -482,7 +439,6 @@ class Options:
     keep: str = lm.option("all", "checkpoints to keep; ours", choices=("all", "last"))
 
 
-TOY_RECIPE = Path(__file__).parent / "tests" / "toy" / "recipe.json"
 PATHS = ("model", "judge", "instructions", "validation")
 ALL_OPTIONS = (Options, sample.Options, judging.Options, dpo.Options, lm.Device)
 
@@ -510,9 +466,10 @@ def main():
         for folder in args.report:
             say(f"{folder}\n\n{report(read(Path(folder) / 'log.jsonl'), by_category=True)}\n")
         return
-    recipe = args.recipe or (TOY_RECIPE if args.model is None else None)
-    if recipe:  # flags come last, and so win
-        args = parser.parse_args([*read_recipe(recipe, vars(args)), *sys.argv[1:]])
+    if not (args.recipe or args.model):
+        args.recipe = Path(__file__).parent / "tests" / "toy" / "recipe.json"
+    if args.recipe:  # flags come last, and so win
+        args = parser.parse_args([*read_recipe(args.recipe, vars(args)), *sys.argv[1:]])
     run = Run(args)
     rows, held_out = begin(run)
     options, n = run.options, run.options.prompts_per_iteration

@@ -299,6 +299,7 @@ def test_slots_are_not_wasted_and_on_end_hears_of_every_completion_once(llm):
     assert held.rows == tokens, "no step is spent on a row that has ended"
     assert held.steps <= tokens / 8 + 40
     assert sorted(id(c) for c, _ in heard) == sorted(id(c) for own in made for c in own)
+    assert all(c.uniforms is None for c, _ in heard), "let go"
     assert all(c.ids == ids for c, ids in heard), "it is told when the completion is whole"
 
 
@@ -332,6 +333,7 @@ def test_a_prompts_keys_and_values_are_let_go(slots, samples, llm, monkeypatch):
     assert len(made) == len(prompts) == 6 and alive and not any(alive) and not after
 
 
+DRAW_BYTES = 40  # of each logit: itself, its probability, sorted whole with order and sums
 # What most of the memory is: weights, the cache, or the logits that are drawn from.
 SIZES = {
     "weights": {"hidden_size": 64, "intermediate_size": 4000, "num_hidden_layers": 3},
@@ -349,7 +351,7 @@ def test_memory_is_the_budgeted_whatever_the_number_of_prompts(
     llm = lm.load_model(write_checkpoint(tmp_path / "x", config, dtype=dtype), dtype=dtype)
     length, slots, peaks = 200, 16, []
     cache = slots * length * lm.KVCache.bytes_per_token(llm.config, dtype)
-    drawing = slots * config["vocab_size"] * sample.DRAW_BYTES
+    drawing = slots * config["vocab_size"] * DRAW_BYTES
     budget = sum(p.nbytes for p in llm.parameters()) + cache + drawing
     for count in (2, 8):
         prompts = [[count, i, *range(2, 2 + i % 9)] for i in range(count)]
@@ -366,7 +368,7 @@ def test_slots_are_planned_by_the_bytes(llm):
     """A slot of 100 positions: keys and values, 2 layers, 2 heads of 8, float32."""
     slot = 2 * 2 * 2 * 8 * 4 * 100
     budget = slot / lm.GIB
-    cases = [(None, 5, 5), (None, 9999, sample.MOST_SLOTS)]
+    cases = [(None, 5, 5), (None, 9999, 256)]
     cases += [(10 * budget, 9999, 10), (10.99 * budget, 9999, 10), (budget, 3, 1)]
     for memory, completions, slots in cases:
         assert sample.plan_slots(llm, 100, completions, memory) == slots
@@ -392,7 +394,7 @@ def test_slots_of_a_gpu_are_what_its_whole_memory_leaves(tied, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", None)
     monkeypatch.setattr(torch.cuda, "memory_allocated", None)
     slot = 2 * 32 * 8 * 128 * 2 * 8192
-    room = 0.9 * total - (16 - tied) * lm.GIB - sample.MOST_SLOTS * vocab * sample.DRAW_BYTES
+    room = 0.9 * total - (16 - tied) * lm.GIB - 256 * vocab * DRAW_BYTES
     assert sample.plan_slots(model, 8192, 9999) == room // slot > 10
     properties.total_memory = 16 * lm.GIB
     with pytest.raises(lm.InputError, match=r"--cache-memory: .* expected 1\.00 GiB or more"):
