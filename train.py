@@ -141,7 +141,10 @@ def validate_seed(run, held_out):
         judge = run.load()
         for style, path in reversed(paths.items()):
             run.log({"stage": "validation", **validate(run, judge, path, 0, style)}, "thought")
-        say(report(run.log_rows))
+        rows = run.logged("validation", 0)
+        key = "win_rate" if rows[0]["exact_match"] is None else "exact_match"
+        shares = ", ".join(f"thought {row['thought']} {percent(row, key)}" for row in rows)
+        say(f"seed's {key.replace('_', ' ')}: {shares}")
     (plan,) = run.logged("plan", 0)
     run.dpo = replace(run.dpo, **{name: plan[name] for name in names})
 
@@ -322,8 +325,8 @@ def one_line(text, indent):
 def ending(run):
     """Before and after on two more instructions, the table, and what to do next."""
     last, other = run.options.iterations, "none" if run.sampling.thought != "none" else "specific"
-    say("\n" + "\n".join(example(run, last, i) for i in before_and_after(run, last)[1][-2:]))
-    say(f"\n{report(run.log_rows)}\n")
+    say("\n".join(example(run, last, i) for i in before_and_after(run, last)[1][-2:]))
+    say(f"\n{report(run.log_rows)}")
     say(f"python sample.py --model {run.policy_folder(last)} --show-thought")
     say(shlex.join(["python", *sys.argv, "--thought", other, "--output", f"runs/{other}"]))
     say(f"python train.py --report {run.folder} runs/{other}")

@@ -295,14 +295,14 @@ def test_a_piped_run_writes_no_control_characters(finished):
 def test_the_lines_of_a_run_are_few_and_no_wider_than_a_terminal(finished, world):
     text = finished[1]
     lines = text.split("\n")[:-1]
-    assert len(lines) < 60
+    assert len(lines) + 2 < 60  # with a warning of the judge now and then
     # A folder of a test has a name that no terminal holds.
     ours = [line for line in lines if str(finished[0]) not in line and str(world) not in line]
     assert len(ours) == len(lines) - 6 and max(map(len, ours)) <= 80
     assert "4 iterations on cpu: K = 4 outputs to 10 instructions" in lines[0]
     for name in ("seed", "judge", "run"):
         assert any(line.startswith(f"{name} ") for line in lines[1:4])
-    assert lines[4:7] == train.report(rows_of(finished[0], "validation")[:2]).split("\n")
+    assert lines[4].startswith("seed's exact match: thought none ") and "specific" in lines[4]
     for t in range(1, 5):
         assert any(line.startswith(f"iteration {t} of 4") for line in lines)
         assert sum(line.startswith(f"    iteration {t}, ") for line in lines) == 1 + 2 * (t == 4)
