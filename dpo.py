@@ -21,7 +21,6 @@ import model as lm
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 
 
@@ -98,8 +97,9 @@ def add_reference(model, pairs, options):
     for part in lm.fill(pairs, map(len, pairs), options.micro_batch_tokens or 2048):
         with torch.no_grad():
             logprobs = torch.stack(output_logprobs(model, part), dim=1).tolist()  # (B, 2)
-        for pair, reference in zip(part, logprobs, strict=True):
-            pair.reference = reference
+        for pair, pair.reference in zip(part, logprobs, strict=True):
+            finite = all(map(math.isfinite, pair.reference))
+            lm.expect(finite, f"{pair.name}: log-probabilities", pair.reference, "finite numbers")
 
 
 def add_gradient(model, batch, options):
@@ -171,8 +171,7 @@ def train_step(model, batch, optimizer, total):
     norm = optimizer.gradient_norm()
     lm.expect(math.isfinite(norm), f"{batch[0].name} and its batch: gradient norm", norm, "finite")
     lr = learning_rate(optimizer.steps + 1, total, options)
-    # The same guard against a norm of 0 as in torch's clip_grad_norm_.
-    optimizer.step(lr, min(1.0, options.max_grad_norm / (norm + 1e-6)))
+    optimizer.step(lr, min(1.0, options.max_grad_norm / (norm + 1e-6)))  # as clip_grad_norm_
     speed = sum(map(len, batch)) / (time.monotonic() - began)
     return {**record, "grad_norm": norm, "lr": lr, "tokens_per_second": speed}
 
@@ -268,9 +267,8 @@ def load_state(folder, optimizer, key):
     for name, value in key.items():
         was = found.get(name)
         lm.expect(was == value, f"{folder}: {name}", was, f"{value}; remove it to start anew")
-    for file in lm.weight_files(last):
-        for name, tensor in load_file(file).items():
-            optimizer.state[name].copy_(tensor)
+    for _, name, tensor in lm.stored_tensors(last):
+        optimizer.state[name].copy_(tensor)
     optimizer.steps = found["steps"]
     for name, p in optimizer.parameters.items():
         p.detach().copy_(optimizer.state[f"weight.{name}"])

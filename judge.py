@@ -49,7 +49,7 @@ def choose_pair(scores, lengths, finished, rho, reject_failed=True):
     """(chosen, rejected), the highest and the lowest of K outputs by index; or a str, why no pair.
 
     Ranked are the outputs that finished and have a response (their score is not None); a tie goes
-    to the first. The others failed: unless left out (not reject_failed), the first is rejected.
+    to the first. The others failed; with reject_failed the first of them is the rejected.
     Draft 2.2 has it so for what cannot be cut; for what ran into the token limit it is ours.
     """
     ranked = [i for i, score in enumerate(scores) if score is not None and finished[i]]
@@ -421,7 +421,7 @@ def score_rows(judge, rows, path, name):
 def win_rate(ours, theirs):
     """(rate, low, high) of our scores against theirs, on the same instructions.
 
-    A tie is half a win; None is below any score. low, high: Wilson's interval, wide for ties.
+    A tie is half a win; None is below any score. low, high: Wilson's 95% interval; ties widen it.
     """
     ours, theirs = ([-math.inf if s is None else s for s in side] for side in (ours, theirs))
     wins = sum((a > b) + 0.5 * (a == b) for a, b in zip(ours, theirs, strict=True))

@@ -83,15 +83,14 @@ def causal_attention(layer, q, k, v):
     P + t + 1 keys. The CPU's kernel computes what a mask hides too; there 128 queries at a time
     read only the keys that they see: judging is 1.1 times as fast.
     """
-    out, seen = [], k.shape[2] - q.shape[2]
-    for block in q.split(q.shape[2] if q.is_cuda else 128, dim=2):
-        seen += block.shape[2]
-        mask = causal_lower_right(block.shape[2], seen)  # torch's own: no tensor on a GPU
-        own = F.scaled_dot_product_attention(
-            block, k[:, :, :seen], v[:, :, :seen], mask, enable_gqa=True
-        )
-        out.append(own)
-    return torch.cat(out, dim=2)
+    T, P = q.shape[2], k.shape[2] - q.shape[2]
+    if T > 128 and not q.is_cuda:
+        out = []
+        for i, block in enumerate(q.split(128, dim=2), 1):
+            seen = P + 128 * i  # a slice may go beyond the end
+            out.append(causal_attention(layer, block, k[:, :, :seen], v[:, :, :seen]))
+        return torch.cat(out, dim=2)
+    return F.scaled_dot_product_attention(q, k, v, causal_lower_right(T, P + T), enable_gqa=True)
 
 
 class Attention(nn.Module):
@@ -389,16 +388,20 @@ def read_config(folder):
     )
 
 
-def weight_files(folder):
-    """The safetensors files of a checkpoint: one, or the shards that the index names."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.exists() or not index.exists():
-        return [single]
-    names = sorted(set(read_json(index).get("weight_map", {}).values()))
-    for name in names:
-        plain = re.fullmatch(r"[\w-][\w.-]*", name)  # no way out of the folder
-        expect(plain, f"{index}: weight_map", repr(name), "the name of a file in the folder")
-    return [folder / name for name in names]
+def stored_tensors(folder, device="cpu"):
+    """Yields (file, name, tensor) of a checkpoint: of its one file, or the shards of its index."""
+    shards, index = ["model.safetensors"], folder / "model.safetensors.index.json"
+    if index.exists() and not (folder / shards[0]).exists():
+        shards = sorted(set(read_json(index).get("weight_map", {}).values()))
+    for shard in shards:
+        plain, file = re.fullmatch(r"[\w-][\w.-]*", shard), folder / shard  # no way out of it
+        expect(plain, f"{index}: weight_map", repr(shard), "the name of a file in the folder")
+        try:
+            with safe_open(file, framework="pt", device=str(device)) as stored:
+                for name in stored.keys():  # noqa: SIM118, it is no dict
+                    yield file, name, stored.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{file}: not a whole safetensors file: {error}") from None
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -409,22 +412,16 @@ SHARD_BYTES = 5e9  # the limit that transformers long had, and that the public c
 def load_weights(module, folder, device, dtype):
     """Fills a module built on the meta device. Reward heads, which read few tokens, are float32."""
     tensors, tied = {}, "lm_head.weight" not in module.state_dict()
-    for file in weight_files(folder):
-        try:
-            with safe_open(file, framework="pt", device=str(device)) as stored:
-                for name in stored.keys():  # noqa: SIM118, it is no dict
-                    # Some tied checkpoints store the copy, some old ones the frequencies.
-                    if name.endswith("inv_freq") or (tied and name == "lm_head.weight"):
-                        continue
-                    kind = dtype if name.startswith(("model.", "lm_head.")) else torch.float32
-                    found = stored.get_tensor(name)
-                    floats = found.dtype in DTYPES.values()
-                    expect(floats, f"{file}: {name}", found.dtype, "float32, bfloat16 or float16")
-                    tensors[name] = found.to(kind, copy=True)
-                    finite = tensors[name].isfinite().all()
-                    expect(finite, f"{file}: {name}", "infinite values or NaN", f"finite {kind}")
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{file}: not a whole safetensors file: {error}") from None
+    for file, name, found in stored_tensors(folder, device):
+        # Some tied checkpoints store the copy, some old ones the frequencies.
+        if name.endswith("inv_freq") or (tied and name == "lm_head.weight"):
+            continue
+        kind = dtype if name.startswith(("model.", "lm_head.")) else torch.float32
+        floats = found.dtype in DTYPES.values()
+        expect(floats, f"{file}: {name}", found.dtype, "float32, bfloat16 or float16")
+        tensors[name] = found.to(kind, copy=True)
+        finite = tensors[name].isfinite().all()
+        expect(finite, f"{file}: {name}", "infinite values or NaN", f"finite {kind}")
     try:
         module.load_state_dict(tensors, assign=True)
     except RuntimeError as error:  # it names what is missing, unknown or of another shape

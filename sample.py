@@ -67,7 +67,7 @@ def draw(logits, uniforms, temperature, top_p, candidates=64):
     """One token a row from softmax(logits / temperature) cut at top-p, by inverting its CDF.
 
     logits (N, V); uniforms (N,) float64 in [0, 1). Returns a list of N ids. The nucleus is the
-    fewest most likely tokens whose probabilities reach top_p, whichever of equally likely ones.
+    fewest most likely tokens whose probabilities reach top_p, equally likely ones in any order.
     candidates: top-p looks at so many tokens first, then at all; measured: tests/benchmarks.
     """
     V = logits.shape[-1]
@@ -106,7 +106,7 @@ class Completion:
     ids: list[int]
     finished: bool
     uniforms: np.ndarray | None = None  # one for each token it may have; None when it has ended
-    position: int = 0  # where its last token goes in the cache, behind as many others
+    position: int = 0  # where its last token goes in the cache
 
 
 @torch.inference_mode()
@@ -128,8 +128,8 @@ def generate(
 
     prompts: lists of token ids. Returns one list a prompt of num_samples Completions. Each draws
     from a stream of its own, named by the seed, its prompt's name (by default the index) and its
-    own index, whatever else is in the batch. It ends at a stop id, after max_new_tokens, or where
-    the context is full; on_end(completion) is called then.
+    own index; the rest of the batch does not matter. It ends at a stop id, after max_new_tokens, or
+    where the context is full; on_end(completion) is called then.
     """
     if not prompts:
         return []
@@ -174,7 +174,7 @@ def generate(
             active.append(row)
         if not active:
             return completions
-        # 2. Step: one token a row. Now and then rows are sorted by length, so that some read less.
+        # 2. Step: one token a row. Now and then rows are sorted by length: the short read few keys.
         if step % 64 == 0 and max(row.position for row in active) >= 512:
             order = sorted(range(len(active)), key=lambda slot: active[slot].position)
             decoder.cache.reorder(order)
@@ -335,7 +335,7 @@ def make_prompts(rows, tokenizer, style, config, path):
     return prompts
 
 
-def sample_file(model, tokenizer, rows, options, path, key, source):
+def sample_file(model, tokenizer, rows, options, path, key, source, label="sampling"):
     """Samples instructions into the file `path`; the same call resumes, with the same batches.
 
     rows: read_instructions' dicts, of the file `source`. key: what else the samples depend on.
@@ -348,7 +348,7 @@ def sample_file(model, tokenizer, rows, options, path, key, source):
 
     def groups(done):
         tokens, began = 0, time.monotonic()
-        with lm.progress_bar("sampling", len(rows) * K, done * K, "outputs") as bar:
+        with lm.progress_bar(label, len(rows) * K, done * K, "outputs") as bar:
 
             def on_end(completion):
                 nonlocal tokens

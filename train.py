@@ -54,12 +54,13 @@ def sample_outputs(run, t, rows):
         return
     model, path = run.load(t - 1), run.file(t, "samples.jsonl")
     # No second try: what cannot be cut is to be rejected.
-    write_samples(run, model, rows, path, f"iteration-{t}", resample=0)
+    write_samples(run, model, rows, path, "sampling", f"iteration-{t}", resample=0)
     outputs = [output for row in read(path) for output in row["outputs"]]
     tokens = sum(len(output["ids"]) for output in outputs)
     unparsed = mean([output["response"] is None for output in outputs])
     row = {"stage": "sample", "iteration": t, "tokens": tokens, "unparsed": unparsed}
-    run.finish(row, f"{len(outputs):,} outputs, {tokens:,} tokens; {unparsed:.1%} not cut")
+    text = f"{len(outputs):,} outputs, {tokens:,} tokens; {unparsed:.1%} not cut"
+    run.finish(row, "sampling", text)
 
 
 def judge_outputs(run, t):
@@ -69,7 +70,7 @@ def judge_outputs(run, t):
     scores, pairs = run.file(t, "scores.jsonl"), run.file(t, "pairs.jsonl")
     judging.score_file(run.load(), run.file(t, "samples.jsonl"), scores)
     made = judging.write_pairs(scores, pairs, run.options.rho, run.options.reject_failed)
-    run.finish({"stage": "judge", "iteration": t, **made}, judging.describe_pairs(made))
+    run.finish({"stage": "judge", "iteration": t, **made}, "judging", judging.describe_pairs(made))
 
 
 def train_policy(run, t, held_out):
@@ -80,10 +81,11 @@ def train_policy(run, t, held_out):
     pairs = dpo.read_pairs(folder / "pairs.jsonl", lm.read_config(source))
 
     def end_of_epoch(epoch, model):
-        path = folder / f"epoch-{epoch}"
+        path, label = folder / f"epoch-{epoch}", f"validation, epoch {epoch}"
         if not (path / "checkpoint").exists():
             lm.save_model(model, path / "checkpoint", source)
-        write_samples(run, model, held_out, path / "validation.jsonl", "validation", num_samples=1)
+        path = path / "validation.jsonl"
+        write_samples(run, model, held_out, path, label, "validation", num_samples=1)
 
     def log(record):
         run.log({"stage": "dpo", "iteration": t, **record}, "step")
@@ -91,7 +93,8 @@ def train_policy(run, t, held_out):
     options, model = replace(run.dpo, seed=f"{run.dpo.seed}/iteration-{t}"), run.load(t - 1)
     dpo.train(model, pairs, options, folder / "state", log, end_of_epoch)
     text = "{step} steps; the last: loss {loss:.2f}, accuracy {accuracy:.2f}, margin {margin:.2f}"
-    run.finish({"stage": "train", "iteration": t}, text.format(**run.logged("dpo", t)[-1]))
+    text = text.format(**run.logged("dpo", t)[-1])
+    run.finish({"stage": "train", "iteration": t}, "DPO", text)
 
 
 def select_epoch(run, t):
@@ -113,7 +116,8 @@ def select_epoch(run, t):
         if (epoch / "checkpoint").exists():
             (epoch / "checkpoint").replace(folder / "checkpoint")
         text = f"exact match {percent(kept, 'exact_match')}, win rate {percent(kept, 'win_rate')}"
-        run.finish({**kept, "stage": "validation"}, f"epoch {kept['epoch']}: {text}")
+        text = f"epoch {kept['epoch']}: {text}"
+        run.finish({**kept, "stage": "validation"}, "validation", text)
         _, pays = before_and_after(run, 1)  # so that every iteration shows the same
         say(example(run, t, pays[0], begin=t == 1))
     for path in [*folder.glob("epoch-*"), folder / "state"]:
@@ -135,7 +139,8 @@ def validate_seed(run, held_out):
             fitted = asdict(dpo.fit_options(model, run.longest_pair, run.dpo))
             run.log({"stage": "plan", "iteration": 0} | {name: fitted[name] for name in names})
         for style, path in paths.items():
-            write_samples(run, model, held_out, path, "validation", thought=style, num_samples=1)
+            changes = {"thought": style, "num_samples": 1}
+            write_samples(run, model, held_out, path, f"seed, {style}", "validation", **changes)
             check_format(path)
         del model
         judge = run.load()
@@ -143,8 +148,9 @@ def validate_seed(run, held_out):
             run.log({"stage": "validation", **validate(run, judge, path, 0, style)}, "thought")
         rows = run.logged("validation", 0)
         key = "win_rate" if rows[0]["exact_match"] is None else "exact_match"
-        shares = ", ".join(f"thought {row['thought']} {percent(row, key)}" for row in rows)
-        say(f"seed's {key.replace('_', ' ')}: {shares}")
+        asked = ("asked directly", "asked to think")
+        shares = [f"{row[key]:.1%} {how}" for row, how in zip(rows, asked, strict=False)]
+        say(f"seed: {key.replace('_', ' ')} {', '.join(shares)}")
     (plan,) = run.logged("plan", 0)
     run.dpo = replace(run.dpo, **{name: plan[name] for name in names})
 
@@ -158,10 +164,10 @@ def check_format(path):
         say(f"only {cut:.1%} of the seed's outputs can be cut: try another --thought")
 
 
-def write_samples(run, model, rows, path, name, **changes):
+def write_samples(run, model, rows, path, label, name, **changes):
     """Samples `rows` into a file, with changed options; `name` names the random streams."""
     options = replace(run.sampling, seed=f"{run.sampling.seed}/{name}", **changes)
-    sample.sample_file(model, lm.load_tokenizer(run.seed), rows, options, path, {}, name)
+    sample.sample_file(model, lm.load_tokenizer(run.seed), rows, options, path, {}, name, label)
 
 
 def validate(run, judge, path, t, style):
@@ -309,9 +315,8 @@ def example(run, t, i, begin=True):
         name += (", right" if is_right(row) else ", wrong") if "answer" in row else ""
         thought = output["text"] if output["response"] is None else output["thought"]
         thought, response = (one_line(text or "", 24) for text in (thought, output["response"]))
-        found = [f"{dim}{thought}{plain}"] if thought else []
-        found += [response] if response or not thought else []
-        lines += [f"    {name:20}{found[0]}".rstrip(), *(f"{'':24}{text}" for text in found[1:])]
+        texts = filter(None, (thought and f"{dim}{thought}{plain}", response))
+        lines.append((f"    {name:20}" + f"\n{'':24}".join(texts)).rstrip())
     return "\n".join(lines)
 
 
@@ -374,11 +379,11 @@ class Run:
         self.log_rows = [*kept, row]
         lm.write_jsonl(self.folder / "log.jsonl", self.log_rows)
 
-    def finish(self, row, text):
+    def finish(self, row, name, text):
         """Logs the end of a stage with its seconds since it loaded, and says it."""
         self.log({**row, "seconds": time.monotonic() - self.began})
         width = shutil.get_terminal_size().columns
-        say(textwrap.fill(f"  {row['stage']:12}{text}", width, subsequent_indent=14 * " "))
+        say(textwrap.fill(f"  {name:12}{text}", width, subsequent_indent=14 * " "))
 
     def logged(self, stage, t):
         """The log's rows of a stage of iteration t."""

@@ -177,12 +177,13 @@ def tiny(tmp_path_factory):
     return write_checkpoint(folder)
 
 
-def use_dense_masks(monkeypatch):
+def use_dense_masks(monkeypatch, device="cpu"):
     """In place of torch's mask object, which works with torch's own attention and modes alone."""
     import model as lm
 
     def mask(rows, columns):
-        return torch.ones(rows, columns, dtype=torch.bool).tril(columns - rows)
+        seen = torch.ones(rows, columns, dtype=torch.bool, device=device)
+        return seen.tril(columns - rows)
 
     monkeypatch.setattr(lm, "causal_lower_right", mask)
 

@@ -174,10 +174,7 @@ def fake(device_guard, monkeypatch):
 
     monkeypatch.setattr(sample.Decoder, "replay", replay)
 
-    def mask(rows, columns):  # what torch's own mask object stands for
-        return torch.ones(rows, columns, dtype=torch.bool, device=CUDA).tril(columns - rows)
-
-    monkeypatch.setattr(lm, "causal_lower_right", mask)
+    use_dense_masks(monkeypatch, CUDA)
     with FakeTensorMode(), stand_ins:
         yield stand_ins
 

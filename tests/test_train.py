@@ -302,12 +302,17 @@ def test_the_lines_of_a_run_are_few_and_no_wider_than_a_terminal(finished, world
     assert "4 iterations on cpu: K = 4 outputs to 10 instructions" in lines[0]
     for name in ("seed", "judge", "run"):
         assert any(line.startswith(f"{name} ") for line in lines[1:4])
-    assert lines[4].startswith("seed's exact match: thought none ") and "specific" in lines[4]
+    direct, thinking = (
+        f"{rows_of(finished[0], 'validation', iteration=0, thought=style)[0]['exact_match']:.1%}"
+        for style in ("none", "specific")
+    )
+    assert lines[4] == f"seed: exact match {direct} asked directly, {thinking} asked to think"
     for t in range(1, 5):
         assert any(line.startswith(f"iteration {t} of 4") for line in lines)
         assert sum(line.startswith(f"    iteration {t}, ") for line in lines) == 1 + 2 * (t == 4)
-    assert train.report(rows_of(finished[0], "validation")) in text
-    for word in ("sample", "judge", "train", "validation"):
+    for name in ("seed, directly", "seed, to think", "iteration 4  "):
+        assert sum(line.startswith(name) for line in lines) == 1, name
+    for word in ("sampling", "judging", "DPO", "validation"):
         assert sum(line.startswith(f"  {word} ") for line in lines) == 4
     assert "python sample.py --model" in text and "--report" in text
     assert "--thought none --output runs/none" in text
