@@ -311,8 +311,13 @@ def test_bf16_weights_move_where_naive_adamw_stands_still(tiny):
     assert moved(llm, rounded) < 1e-3 * big  # the rounding of what float32 weights become
 
 
+def power_of_two(size):
+    """What torch takes for so many bytes of page-locked memory."""
+    return 1 << (size - 1).bit_length()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_state_in_host_memory_is_one_flat_buffer_a_kind(tiny, tmp_path, monkeypatch, dtype):
+def test_state_in_host_memory_is_in_flat_buffers(tiny, tmp_path, monkeypatch, dtype):
     """Exactly as many bytes as numbers times four, the same arithmetic, and it saves and loads."""
     twins = [lm.load_model(tiny, dtype=dtype) for _ in range(2)]
     places = ("same", "cpu")
@@ -334,8 +339,9 @@ def test_state_in_host_memory_is_one_flat_buffer_a_kind(tiny, tmp_path, monkeypa
             own = [p.data_ptr() for p in twins[1].parameters()]
             assert [x.data_ptr() for x in views] == own
             continue
-        assert len({x.untyped_storage().data_ptr() for x in views}) == 1
-        assert views[0].untyped_storage().nbytes() == count * 4
+        buffers = {s.data_ptr(): s.nbytes() for s in (x.untyped_storage() for x in views)}
+        assert sum(buffers.values()) == count * 4
+        assert sum(map(power_of_two, buffers.values())) < 1.1 * count * 4
     for limit in (5e9, 20_000):  # one file, and shards of views
         monkeypatch.setattr(lm, "SHARD_BYTES", limit)
         folder = tmp_path / f"{limit}"
