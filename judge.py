@@ -17,11 +17,13 @@ import math
 import sys
 from collections import Counter
 from dataclasses import dataclass
-from itertools import islice, pairwise, permutations, takewhile
+from functools import lru_cache
+from itertools import pairwise, permutations
+from os.path import commonprefix
 from pathlib import Path
 
 import model as lm
-from sample import Decoder, generate, plan_slots
+from sample import decoder_for, generate
 
 import numpy as np
 import torch
@@ -162,16 +164,14 @@ def elo(wins):
 class Judge:
     """What both kinds of judge share."""
 
+    group = 64  # instructions judged between two saves
+
     def __init__(self, model, tokenizer, options):
         self.model, self.tokenizer, self.options = model, tokenizer, options
 
-    def group(self, count):
-        """How many instructions of `count` responses are judged between two saves."""
-        return 64
-
     def score(self, instruction, responses):
         """One float a response, higher is better. The responses are texts, without thoughts."""
-        return self.run([(instruction, responses)], 0)[0]["scores"]
+        return self.run([(instruction, responses)])[0]["scores"]
 
     def chat(self, *turns, reply=0):
         """The ids, a tuple, of (role, text) turns: all that the judge reads before its reply."""
@@ -186,20 +186,26 @@ class Judge:
 class Pointwise(Judge):
     """s(x, y): a reward model reads the chat of an instruction and a response."""
 
-    def run(self, items, name):
-        """Pairwise.run's scores; the name is not read, as nothing is drawn."""
-        return [{"scores": [row[0] for row in self.read(*item)]} for item in items]
+    def __init__(self, *parts):
+        super().__init__(*parts)
+        # An epoch's validation brings most responses of the one before again.
+        self.read = lru_cache(4096)(self.read)
+
+    def run(self, items):
+        """Judges (instruction, responses) pairs; returns a dict for each: its `scores`."""
+        rows = [self.read(instruction, tuple(responses)) for instruction, responses in items]
+        return [{"scores": [row[0] for row in own]} for own in rows]
 
     @torch.inference_mode()
     def read(self, instruction, responses):
-        """The head's row for each response. Equal ones are computed once, so they tie exactly."""
+        """The head's rows for a tuple of responses. Equal ones are computed once: they tie."""
         chats = [self.chat(("user", instruction), ("assistant", text)) for text in responses]
-        distinct, shared = list(dict.fromkeys(chats)), 0
+        distinct = list(dict.fromkeys(chats))
         if not chats:
             return []
-        if len(distinct) > 1:  # what all begin with is computed once, up to their last tokens
-            columns = zip(*(chat[:-1] for chat in distinct), strict=False)
-            shared = sum(1 for _ in takewhile(lambda ids: len(set(ids)) == 1, columns))
+        # What all begin with is computed once, up to their last tokens.
+        begun = commonprefix([chat[:-1] for chat in distinct])  # noqa: RUF071, these are ids
+        shared = len(begun) if len(distinct) > 1 else 0
         pieces = [(chat[shared:], 0 if shared else None) for chat in distinct]
         pieces = [(distinct[0][:shared], None)] * bool(shared) + pieces
         device = self.model.model.embed_tokens.weight.device
@@ -293,29 +299,23 @@ class Pairwise(Judge):
 
     decoder = None  # one for all groups, so that its CUDA graphs are captured once
 
-    def group(self, count):
-        """As Judge.group: 8 at the paper's K, enough verdicts to fill a GPU."""
-        return max(1, 448 // max(1, count * (count - 1)))
+    def run(self, items):
+        """As Pointwise.run, with `scores` (Elo) and `verdicts`, one an ordered pair.
 
-    def run(self, items, name):
-        """Judges (instruction, responses) pairs. name: of the verdicts' random streams.
-
-        Returns a dict for each: `scores` (Elo) and `verdicts`, one an ordered pair: indices `a` and
-        `b` of the responses shown as A and B, `verdict` ("A", "B" or None), the judge's `text`.
+        A verdict has the indices `a` and `b` of the responses shown as A and B, `verdict` ("A", "B"
+        or None) and the judge's `text`, which is greedy.
         """
-        options, most, prompts = self.options, self.options.verdict_tokens, []
+        most, prompts = self.options.verdict_tokens, []
         for instruction, responses in items:
             for a, b in permutations(responses, 2):
                 user = PAIRWISE_USER.format(input=instruction, response_a=a, response_b=b)
                 prompts.append(self.chat(("system", PAIRWISE_SYSTEM), ("user", user), reply=most))
         length = max(map(len, prompts), default=0) + most
-        if self.decoder is None or self.decoder.length < length:
-            # Rounded up, so that a longer prompt later seldom asks for another.
-            length = min(-(-length // 1024) * 1024, self.model.config.max_position_embeddings)
-            self.decoder = Decoder(self.model, plan_slots(self.model, length, 448), length)
-        law = (most, options.verdict_temperature, options.verdict_top_p, self.tokenizer.stop_ids)
-        seed = f"{options.verdict_seed}/verdicts/{name}"
-        completions = generate(self.model, prompts, 1, *law, seed, decoder=self.decoder)
+        if prompts and (self.decoder is None or self.decoder.length < length):
+            # With room for longer prompts later.
+            self.decoder = decoder_for(self.model, prompts, 256, most + 1024)
+        law = {"temperature": 0, "stop_ids": self.tokenizer.stop_ids, "decoder": self.decoder}
+        completions = generate(self.model, prompts, 1, most, **law)
         texts = (self.tokenizer.decode(c.ids, skip_special_tokens=True) for (c,) in completions)
         results = []
         for _, responses in items:
@@ -336,9 +336,6 @@ class Options:
     """What scores depend on, beside the judge and the samples."""
 
     verdict_tokens: int = lm.option(2048, "pairwise: most tokens of a verdict; ours", low=1)
-    verdict_temperature: float = lm.option(0.0, "pairwise: 0 is greedy; ours", low=0, high=100)
-    verdict_top_p: float = lm.option(1.0, "pairwise: the nucleus; ours", low=1e-6, high=1)
-    verdict_seed: int = lm.option(0, "pairwise: names every random stream", low=0)
 
 
 def load_judge(path, device="cpu", dtype=torch.float32, options=None):
@@ -349,7 +346,7 @@ def load_judge(path, device="cpu", dtype=torch.float32, options=None):
     device, folder = lm.check_device(device), lm.checkpoint_folder(path)
     config, tokenizer = lm.read_config(folder), lm.load_tokenizer(folder)
     raw, options = lm.read_json(folder / "config.json"), options or Options()
-    (kind,) = raw.get("architectures") or [None]
+    kind = (raw.get("architectures") or [None])[0]
     if str(kind).endswith("ForCausalLM"):
         return Pairwise(lm.load_model(folder, device, dtype), tokenizer, options)
     kinds = {"LlamaForRewardModelWithGating": ArmoRM, "LlamaForSequenceClassification": RewardModel}
@@ -379,23 +376,18 @@ def read_samples(path, scored=False):
 
 def score_file(judge, samples_path, scores_path, key=None):
     """Writes the scores of a file of samples; the same call resumes after the last whole group."""
-    counts = [len(row["outputs"]) for _, row in read_samples(samples_path)]
-    group = judge.group(max(counts, default=1))
+    rows = list(read_samples(samples_path))
 
-    def groups(done):
-        rows = islice(lm.read_jsonl(samples_path), done, None)
-        with lm.progress_bar("judging", len(counts), done, "instructions") as bar:
-            for first in range(done, len(counts), group):
-                part = list(islice(rows, group))
-                yield list(score_rows(judge, part, samples_path, first))
-                bar.update(len(part))
+    def score_part(part, bar):
+        yield from score_rows(judge, part, samples_path)
+        bar.update(len(part))
 
     key = {**vars(judge.options), "samples": lm.hash_of(Path(samples_path)), "judge": key}
-    lm.write_groups(scores_path, group, key, groups)
+    lm.write_groups(scores_path, rows, judge.group, key, score_part, "judging", "instructions")
 
 
-def score_rows(judge, rows, path, name):
-    """Yields a row of scores for each (line, row of samples). name: as in Pairwise.run.
+def score_rows(judge, rows, path):
+    """Yields a row of scores for each (line, row of samples).
 
     An output without a response is shown to no judge; its score is None.
     """
@@ -405,7 +397,7 @@ def score_rows(judge, rows, path, name):
         places.append([i for i, text in enumerate(texts) if text is not None])
         items.append((row["instruction"], [texts[i] for i in places[-1]]))
     try:
-        results = judge.run(items, name)
+        results = judge.run(items)
     except lm.InputError as error:
         raise lm.InputError(f"{path}:{rows[0][0]} and what follows: {error}") from None
     for (line, row), own, result in zip(rows, places, results, strict=True):
@@ -443,11 +435,8 @@ def compare_files(judge, ours_path, theirs_path):
     lm.expect(same, theirs_path, "other instructions", f"those of {ours_path}, in order")
     for (_, row), (_, other) in zip(ours, theirs, strict=True):
         row["outputs"] = [row["outputs"][0], other["outputs"][0]]
-    group, scores = judge.group(2), []
-    for first in range(0, len(ours), group):
-        for row in score_rows(judge, ours[first : first + group], ours_path, first):
-            scores.append([output["score"] for output in row["outputs"]])
-    return win_rate(*zip(*scores, strict=True))
+    judged = score_rows(judge, ours, ours_path)
+    return win_rate(*zip(*(ranking_of(row)[0] for row in judged), strict=True))
 
 
 RHO_HELP = "weight of length control, paper 2.2, or auto: the authors' rule, draft 3.5"

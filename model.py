@@ -202,7 +202,7 @@ def logits_of(hidden, head):
     A GPU hands out the sums of 16-bit products in float32, unrounded: rounding costs 0.02 nats a
     token. The CPU has no such product; there 16-bit logits are rounded, as transformers' are.
     """
-    if hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16):
+    if hidden.is_cuda and hidden.itemsize == 2:
         return WideProduct.apply(hidden, head)
     logits = F.linear(hidden, head)
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -344,10 +344,9 @@ ROPE_NUMBERS = {"default": (), "linear": ("factor",), "llama3": LLAMA3.split()}
 
 
 def read_config(folder):
-    """config.json of a llama, mistral or qwen2 checkpoint: the numbers that the classes above read.
+    """The numbers of a config.json; refuses by name what is not llama, mistral or qwen2.
 
-    Refuses by name what is not one of these. Names are the file's; `rope` is transformers 5's
-    `rope_parameters`, which older files write as two keys.
+    Names are the file's; `rope` is transformers 5's `rope_parameters`, of old files two keys.
     """
     file = Path(folder) / "config.json"
     raw = read_json(file)
@@ -404,7 +403,7 @@ def stored_tensors(folder, device="cpu"):
             raise InputError(f"{file}: not a whole safetensors file: {error}") from None
 
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 GIB = 2**30
 SHARD_BYTES = 5e9  # the limit that transformers long had, and that the public checkpoints follow
 
@@ -417,7 +416,7 @@ def load_weights(module, folder, device, dtype):
         if name.endswith("inv_freq") or (tied and name == "lm_head.weight"):
             continue
         kind = dtype if name.startswith(("model.", "lm_head.")) else torch.float32
-        floats = found.dtype in DTYPES.values()
+        floats = found.dtype in (torch.float32, torch.bfloat16, torch.float16)
         expect(floats, f"{file}: {name}", found.dtype, "float32, bfloat16 or float16")
         tensors[name] = found.to(kind, copy=True)
         finite = tensors[name].isfinite().all()
@@ -624,12 +623,12 @@ def write_jsonl(path, rows):
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def write_groups(path, group, key, make_groups):
-    """Writes a file of JSON lines group by group; a kill loses only the group in hand.
+def write_groups(path, items, group, key, make_rows, label, unit, each=1):
+    """Writes a file of JSON lines, one for each item, `group` at a time: a kill loses one group.
 
-    make_groups(done) yields lists of rows, `group` in each but the last, from row `done` on.
-    Until the last one the rows stand in a file beside `path`, named after `key`: what the rows
-    depend on. So the same call resumes, and another one does not take its rows.
+    make_rows(part, bar) gives the rows of some items, and moves the bar by `each` an item. The
+    rows stand beside `path`, in a file named after `key`, what they depend on, until all are
+    there. So the same call resumes, and another one does not take its rows.
     """
     path = Path(path)
     if path.exists():
@@ -640,10 +639,12 @@ def write_groups(path, group, key, make_groups):
         lines = [line for line in file if line.endswith(b"\n")]
         done = len(lines) // group * group
         file.truncate(sum(map(len, lines[:done])))
-        for rows in make_groups(done):
-            file.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
-            file.flush()
-            os.fsync(file.fileno())
+        with progress_bar(label, len(items) * each, done * each, unit) as bar:
+            for first in range(done, len(items), group):
+                for row in make_rows(items[first : first + group], bar):
+                    file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(partial, path)
 
 

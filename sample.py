@@ -346,22 +346,20 @@ def sample_file(model, tokenizer, rows, options, path, key, source, label="sampl
     memory, most = options.cache_memory, min(group, len(rows)) * K
     decoder = decoder_for(model, [p[1] for p in prompts], most, options.max_new_tokens, memory)
 
-    def groups(done):
-        tokens, began = 0, time.monotonic()
-        with lm.progress_bar(label, len(rows) * K, done * K, "outputs") as bar:
+    tokens, began = 0, time.monotonic()
 
-            def on_end(completion):
-                nonlocal tokens
-                tokens += len(completion.ids)
-                speed = tokens / (time.monotonic() - began)
-                bar.set_postfix_str(f"{speed:,.0f} tokens/s", refresh=False)
-                bar.update()
+    def sample_part(part, bar):
+        def on_end(completion):
+            nonlocal tokens
+            tokens += len(completion.ids)
+            speed = tokens / (time.monotonic() - began)
+            bar.set_postfix_str(f"{speed:,.0f} tokens/s", refresh=False)
+            bar.update()
 
-            for first in range(done, len(rows), group):
-                part = named[first : first + group]
-                yield sample_group(decoder, tokenizer, part, options, on_end)
+        return sample_group(decoder, tokenizer, part, options, on_end)
 
-    lm.write_groups(path, group, {**vars(options), **key}, groups)
+    key = {**vars(options), **key}
+    lm.write_groups(path, named, group, key, sample_part, label, "outputs", K)
 
 
 def sample_group(decoder, tokenizer, group, options, on_end=None):

@@ -99,8 +99,8 @@ def train_policy(run, t, held_out):
 
 def select_epoch(run, t):
     """Judges every epoch's validation samples and keeps one epoch (3.1: the best of 10)."""
-    folder = run.file(t, "")
-    if not run.logged("validation", t):
+    folder, done = run.file(t, ""), run.logged("validation", t)
+    if not done:
         judge = run.load()
         for epoch in range(1, run.dpo.epochs + 1):
             path = folder / f"epoch-{epoch}" / "validation.jsonl"
@@ -110,18 +110,16 @@ def select_epoch(run, t):
         # The first of equals; no score, where nothing could be cut, is below any score.
         kept = max(rows, key=lambda r: (r["win_rate"], r["score"] is not None, r["score"] or 0))
         kept = rows[-1] if run.options.select == "last" else kept
-        epoch = folder / f"epoch-{kept['epoch']}"
-        for name in ("validation.jsonl", "validation-scores.jsonl"):
-            lm.write_jsonl(folder / name, read(epoch / name))
-        if (epoch / "checkpoint").exists():
-            (epoch / "checkpoint").replace(folder / "checkpoint")
-        text = f"exact match {percent(kept, 'exact_match')}, win rate {percent(kept, 'win_rate')}"
-        text = f"epoch {kept['epoch']}: {text}"
+        text = f"epoch {kept['epoch']}: {figures(kept)}"
         run.finish({**kept, "stage": "validation"}, "validation", text)
-        _, pays = before_and_after(run, 1)  # so that every iteration shows the same
-        say(example(run, t, pays[0], begin=t == 1))
+    (kept,) = run.logged("validation", t)
+    for path in list((folder / f"epoch-{kept['epoch']}").glob("*")):
+        path.replace(folder / path.name)
     for path in [*folder.glob("epoch-*"), folder / "state"]:
         shutil.rmtree(path, ignore_errors=True)
+    if not done:
+        _, pays = before_and_after(run, 1)  # so that every iteration shows the same
+        say(example(run, t, pays[0], begin=t == 1))
 
 
 def validate_seed(run, held_out):
@@ -132,12 +130,11 @@ def validate_seed(run, held_out):
     """
     styles = (run.sampling.thought, "none")
     paths = {style: run.file(0, f"validation-{style}.jsonl") for style in styles}
-    names = ("micro_batch_tokens", "keep_activations", "optimizer_device")  # what is fitted
     if len(run.logged("validation", 0)) < len(paths):
         model = run.load(0)
         if not run.logged("plan", 0):
-            fitted = asdict(dpo.fit_options(model, run.longest_pair, run.dpo))
-            run.log({"stage": "plan", "iteration": 0} | {name: fitted[name] for name in names})
+            fitted = dpo.fit_options(model, run.longest_pair, run.dpo)
+            run.log({"stage": "plan", "iteration": 0, "dpo": asdict(fitted)})
         for style, path in paths.items():
             changes = {"thought": style, "num_samples": 1}
             write_samples(run, model, held_out, path, f"seed, {style}", "validation", **changes)
@@ -145,14 +142,10 @@ def validate_seed(run, held_out):
         del model
         judge = run.load()
         for style, path in reversed(paths.items()):
-            run.log({"stage": "validation", **validate(run, judge, path, 0, style)}, "thought")
-        rows = run.logged("validation", 0)
-        key = "win_rate" if rows[0]["exact_match"] is None else "exact_match"
-        asked = ("asked directly", "asked to think")
-        shares = [f"{row[key]:.1%} {how}" for row, how in zip(rows, asked, strict=False)]
-        say(f"seed: {key.replace('_', ' ')} {', '.join(shares)}")
-    (plan,) = run.logged("plan", 0)
-    run.dpo = replace(run.dpo, **{name: plan[name] for name in names})
+            row = validate(run, judge, path, 0, style)
+            run.log({"stage": "validation", **row}, "thought")
+            say(f"seed, {'directly' if style == 'none' else 'to think'}: {figures(row)}")
+    run.dpo = dpo.Options(**run.logged("plan", 0)[0]["dpo"])
 
 
 def check_format(path):
@@ -261,6 +254,10 @@ def time_left(run, t):
     return f", about {left / size:.0f} {unit} left in all"
 
 
+def figures(row):
+    return f"exact match {percent(row, 'exact_match')}, win rate {percent(row, 'win_rate')}"
+
+
 def percent(row, key):
     """As in 70.2%, or 70.2% (66 to 74) where the row has a 95% interval too."""
     text = "-" if row[key] is None else f"{row[key]:.1%}"
@@ -345,7 +342,6 @@ class Run:
         parts = (lm.options_of(part, args) for part in ALL_OPTIONS)
         self.options, self.sampling, self.judging, self.dpo, self.device = parts
         judging.read_rho(self.options.rho)
-        lm.expect(self.device.dtype != "float16", "--dtype", "float16", "bfloat16 or float32")
         for name in PATHS:
             lm.expect(getattr(args, name) is not None, f"--{name}", "none", "a path")
         self.folder = Path(self.options.output or f"runs/{self.sampling.thought}")
@@ -399,8 +395,8 @@ def begin(run):
     except OSError:
         raise lm.InputError(f"{run.folder}: another process is at work on this run") from None
     options, file = run.options, run.options.instructions
-    rows = {row["instruction"]: row for row in reversed(sample.read_instructions(file))}
-    rows = list(reversed(rows.values()))  # no instruction is used twice (3.1)
+    rows = {row["instruction"]: row for row in sample.read_instructions(file)}
+    rows = list(rows.values())  # no instruction is used twice (3.1)
     held_out = sample.read_instructions(options.validation)
     wanted = options.iterations * options.prompts_per_iteration
     lm.expect(len(rows) >= wanted, file, f"{len(rows)} different instructions", f"{wanted} in all")

@@ -478,28 +478,30 @@ class Stopped(Exception):
 def test_groups_go_on_where_they_stopped(stop, tail, tmp_path):
     """Stopped before group `stop`, with part of a group behind it: the file is that of one go."""
     path, begun = tmp_path / "rows.jsonl", []
-    whole = [[{"row": 1}, {"row": "ü"}], [{"row": 2}, {"row": -2}], [{"row": 3}]]
+    whole = [{"row": 1}, {"row": "ü"}, {"row": 2}, {"row": -2}, {"row": 3}]
 
-    def groups(done, stop=9):
-        begun.append(done)
-        for i in range(done // 2, 3):
-            if i == stop:
+    def write(key, stop=9):
+        def rows_of(part, bar):
+            begun.append(whole.index(part[0]))
+            if begun[-1] == 2 * stop:
                 raise Stopped
-            yield whole[i]
+            return part
+
+        lm.write_groups(path, whole, 2, key, rows_of, "writing", "rows")
 
     with pytest.raises(Stopped):
-        lm.write_groups(path, 2, ["seed", 1], lambda done: groups(done, stop))
+        write(["seed", 1], stop)
     assert not path.exists()
     (partial,) = tmp_path.iterdir()
     with open(partial, "ab") as file:
         file.write(tail)
     with pytest.raises(Stopped):  # what depends on something else takes none of it
-        lm.write_groups(path, 2, ["seed", 2], lambda done: groups(done, 0))
-    lm.write_groups(path, 2, ["seed", 1], groups)
-    assert begun == [0, 0, 2 * stop] and not partial.exists()
-    assert [row for _, row in lm.read_jsonl(path)] == [row for group in whole for row in group]
-    lm.write_groups(path, 2, ["seed", 1], groups)  # it is there: nothing is done again
-    assert len(begun) == 3
+        write(["seed", 2], 0)
+    write(["seed", 1])
+    firsts = [0, 2, 4]
+    assert begun == [*firsts[: stop + 1], 0, *firsts[stop:]] and not partial.exists()
+    assert [row for _, row in lm.read_jsonl(path)] == whole
+    write(["seed", 1], 0)  # it is there: nothing is done again
 
 
 def test_a_hash_is_of_all_that_a_checkpoint_says(tmp_path):

@@ -302,15 +302,16 @@ def test_the_lines_of_a_run_are_few_and_no_wider_than_a_terminal(finished, world
     assert "4 iterations on cpu: K = 4 outputs to 10 instructions" in lines[0]
     for name in ("seed", "judge", "run"):
         assert any(line.startswith(f"{name} ") for line in lines[1:4])
-    direct, thinking = (
-        f"{rows_of(finished[0], 'validation', iteration=0, thought=style)[0]['exact_match']:.1%}"
-        for style in ("none", "specific")
-    )
-    assert lines[4] == f"seed: exact match {direct} asked directly, {thinking} asked to think"
+    for line, style, how in zip(
+        lines[4:6], ("none", "specific"), ("directly", "to think"), strict=True
+    ):
+        (row,) = rows_of(finished[0], "validation", iteration=0, thought=style)
+        assert line.startswith(f"seed, {how}: exact match {row['exact_match']:.1%} (")
+        assert f"), win rate {row['win_rate']:.1%} (" in line
     for t in range(1, 5):
         assert any(line.startswith(f"iteration {t} of 4") for line in lines)
         assert sum(line.startswith(f"    iteration {t}, ") for line in lines) == 1 + 2 * (t == 4)
-    for name in ("seed, directly", "seed, to think", "iteration 4  "):
+    for name in ("seed, directly ", "seed, to think ", "iteration 4  "):
         assert sum(line.startswith(name) for line in lines) == 1, name
     for word in ("sampling", "judging", "DPO", "validation"):
         assert sum(line.startswith(f"  {word} ") for line in lines) == 4
@@ -494,7 +495,7 @@ REFUSALS = {
     "no number": ("--epochs many", "--epochs"),
     "an unknown option": ("--colour red", "--colour"),
     "device": ("--device cuda:77", "--device cuda:77"),
-    "dtype": ("--dtype float16", "--dtype: found float16"),
+    "dtype": ("--dtype float16", "--dtype: invalid choice: 'float16'"),
     "overlap": ("--validation OVERLAP", "train  0"),
     "a long prompt": ("--validation LONG", "the prompt of instruction 2: found"),
     "not JSON": ("--validation BROKEN", "validation.jsonl:2: not UTF-8 JSON"),
