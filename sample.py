@@ -68,7 +68,8 @@ def draw(logits, uniforms, temperature, top_p, candidates=64):
 
     logits (N, V); uniforms (N,) float64 in [0, 1). Returns a list of N ids. The nucleus is the
     fewest most likely tokens whose probabilities reach top_p, equally likely ones in any order.
-    candidates: top-p looks at so many tokens first, then at all; measured: tests/benchmarks.
+    candidates: top-p looks at so many tokens first, then at 16 times as many where that is little
+    beside V (an eighth of the time of sorting 49,152), then at all.
     """
     V = logits.shape[-1]
     narrow = top_p < 1 and candidates < V
@@ -93,7 +94,8 @@ def draw(logits, uniforms, temperature, top_p, candidates=64):
     lm.expect(all(finite), "the model's logits", "NaN or infinity", "finite: another --dtype")
     rows = [row for row, is_wide in enumerate(wide) if narrow and is_wide]
     if rows:
-        again = draw(logits[rows], uniforms[rows], temperature, top_p, candidates=V)
+        more = 16 * candidates if 128 * candidates < V else V
+        again = draw(logits[rows], uniforms[rows], temperature, top_p, more)
         for row, token in zip(rows, again, strict=True):
             ids[row] = token
     return ids

@@ -151,6 +151,24 @@ def test_equal_tokens(spread):
         assert spread < 1 or token == expected
 
 
+@pytest.mark.reference
+def test_a_narrow_a_wider_and_a_wide_nucleus_of_many_tokens():
+    """Of 9,000: cut among the 64 likeliest, among 1,024, and among all; by the definition."""
+    rng = np.random.default_rng(2)
+    ranks = rng.permuted(np.tile(np.arange(9000.0), (60, 1)), axis=1)
+    logits = -ranks * np.repeat([[0.2], [0.008], [0.0005]], 20, axis=0)
+    uniforms, widths = rng.random(60), []
+    floats = torch.from_numpy(logits.astype(np.float32))
+    ids = sample.draw(floats, torch.from_numpy(uniforms), 0.8, 0.95)
+    for row, uniform, token in zip(floats.double().numpy(), uniforms, ids, strict=True):
+        law = nucleus(row, 0.8, 0.95)
+        order = np.argsort(-law, kind="stable")
+        widths.append(np.count_nonzero(law))
+        assert token == order[np.searchsorted(law[order].cumsum(), uniform, side="right")]
+    assert max(widths[:20]) <= 64 < min(widths[20:40])
+    assert max(widths[20:40]) <= 1024 < min(widths[40:])
+
+
 @pytest.mark.parametrize("top_p", [1e-6, 0.5, 0.95, 1.0])
 def test_draw_at_the_ends_of_the_stream(top_p):
     """The least and the most that a stream gives: no token without probability, none beyond."""

@@ -254,6 +254,7 @@ def judging(model, short):
         for i in range(count)
     ]
     ours.score(*items[0])
+    ours.read.cache_clear()
     seconds, _ = timed(lambda: [ours.score(*item) for item in items])
     rate = sum(map(len, texts.values())) / seconds  # an instruction is computed once
     blocks = sum(p.numel() for p in model.model.layers.parameters())

@@ -61,6 +61,7 @@ RECIPE = {
     "epochs": 3,
     "batch_size": 16,
     "micro_batch_tokens": 8192,
+    "keep_activations": 4,
     "lr": 7e-5,
     "beta": 0.1,
     "nll_weight": 1.0,
