@@ -49,9 +49,7 @@ class RMSNorm(nn.Module):
         self.eps = config.rms_norm_eps
 
     def forward(self, x):
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # bf16 squares lose too much
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
+        return self.weight * F.rms_norm(x, x.shape[-1:], eps=self.eps)  # squares in float32
 
 
 def rope_frequencies(config):
@@ -71,9 +69,11 @@ def rope_frequencies(config):
 
 
 def rotate(x, cos, sin):
-    """Turns each pair (x1, x2) of x (B, H, T, head_dim) by its angle, in float32."""
-    x1, x2 = x.chunk(2, dim=-1)  # Hugging Face's order: the first half, the second
-    return (x * cos + torch.cat([x2, x1], dim=-1) * sin).to(x.dtype)
+    """Turns each pair of x (B, H, T, head_dim) by its angle, in float32.
+
+    A pair is a dimension of the first half and its like of the second: Hugging Face's order.
+    """
+    return (x * cos + x.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)
 
 
 def causal_attention(layer, q, k, v):
