@@ -137,6 +137,8 @@ def train(model, pairs, options, state=None, log=None, end_of_epoch=None):
     end_of_epoch(epoch, model) after each epoch. A loss that is not finite, or the state of another
     run, ends in lm.InputError.
     """
+    # Without a scaled loss the small gradients of float16 would be rounded to nothing.
+    lm.expect(model.head.dtype != torch.float16, "--dtype", "float16", "bfloat16 or float32")
     ids = [[pair.prompt_ids, pair.chosen_ids, pair.rejected_ids] for pair in pairs]
     weights = sum(p.sum(dtype=torch.float64).item() for p in model.parameters())
     key = {**asdict(options), "pairs": lm.hash_of(ids), "weights": weights}

@@ -69,10 +69,7 @@ def rope_frequencies(config):
 
 
 def rotate(x, cos, sin):
-    """Turns each pair of x (B, H, T, head_dim) by its angle, in float32.
-
-    A pair is a dimension of the first half and its like of the second: Hugging Face's order.
-    """
+    """Turns each pair of x (B, H, T, head_dim), one of each half, by its angle, in float32."""
     return (x * cos + x.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)
 
 
@@ -346,7 +343,7 @@ ROPE_NUMBERS = {"default": (), "linear": ("factor",), "llama3": LLAMA3.split()}
 def read_config(folder):
     """The numbers of a config.json; refuses by name what is not llama, mistral or qwen2.
 
-    Names are the file's; `rope` is transformers 5's `rope_parameters`, of old files two keys.
+    Names are the file's; `rope` is transformers 5's `rope_parameters`, two keys in older files.
     """
     file = Path(folder) / "config.json"
     raw = read_json(file)

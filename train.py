@@ -255,7 +255,7 @@ def time_left(run, t):
 
 
 def figures(row):
-    """As in "exact match 70.2% (66 to 74), win rate 50.0% (46 to 54)"; the first, with answers."""
+    """As in "exact match 70.2%, win rate 50.0%"; without answers the win rate alone."""
     names = [key for key in ("exact_match", "win_rate") if row[key] is not None]
     return ", ".join(f"{key.replace('_', ' ')} {percent(row, key)}" for key in names)
 
@@ -397,8 +397,8 @@ def begin(run):
     except OSError:
         raise lm.InputError(f"{run.folder}: another process is at work on this run") from None
     options, file = run.options, run.options.instructions
-    rows = {row["instruction"]: row for row in sample.read_instructions(file)}
-    rows = list(rows.values())  # no instruction is used twice (3.1)
+    rows = {row["instruction"]: row for row in reversed(sample.read_instructions(file))}
+    rows = list(reversed(rows.values()))  # no instruction is used twice (3.1)
     held_out = sample.read_instructions(options.validation)
     wanted = options.iterations * options.prompts_per_iteration
     lm.expect(len(rows) >= wanted, file, f"{len(rows)} different instructions", f"{wanted} in all")

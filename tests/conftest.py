@@ -201,6 +201,15 @@ def memory_order(request, monkeypatch):
         monkeypatch.setattr(F, "scaled_dot_product_attention", other)
 
 
+def buffer_bytes(tensors):
+    """Bytes of the buffers behind some tensors: exact, and as torch rounds page-locked memory up.
+
+    It takes the next power of two for each buffer.
+    """
+    buffers = {s._cdata: s.nbytes() for s in (x.untyped_storage() for x in tensors)}
+    return sum(buffers.values()), sum(1 << (n - 1).bit_length() for n in buffers.values())
+
+
 class TensorBytes(TorchDispatchMode):
     """Counts the bytes of all tensors alive, and the most there were."""
 

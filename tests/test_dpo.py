@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import LLAMA, write_checkpoint
+from conftest import LLAMA, buffer_bytes, write_checkpoint
 from make_trl_fixture import FOLDER, OPTIONS, write_policy
 from safetensors.torch import load_file
 
@@ -311,11 +311,6 @@ def test_bf16_weights_move_where_naive_adamw_stands_still(tiny):
     assert moved(llm, rounded) < 1e-3 * big  # the rounding of what float32 weights become
 
 
-def power_of_two(size):
-    """What torch takes for so many bytes of page-locked memory."""
-    return 1 << (size - 1).bit_length()
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_state_in_host_memory_is_in_flat_buffers(tiny, tmp_path, monkeypatch, dtype):
     """Exactly as many bytes as numbers times four, the same arithmetic, and it saves and loads."""
@@ -339,9 +334,8 @@ def test_state_in_host_memory_is_in_flat_buffers(tiny, tmp_path, monkeypatch, dt
             own = [p.data_ptr() for p in twins[1].parameters()]
             assert [x.data_ptr() for x in views] == own
             continue
-        buffers = {s.data_ptr(): s.nbytes() for s in (x.untyped_storage() for x in views)}
-        assert sum(buffers.values()) == count * 4
-        assert sum(map(power_of_two, buffers.values())) < 1.1 * count * 4
+        exact, rounded = buffer_bytes(views)
+        assert exact == count * 4 and rounded < 1.1 * count * 4
     for limit in (5e9, 20_000):  # one file, and shards of views
         monkeypatch.setattr(lm, "SHARD_BYTES", limit)
         folder = tmp_path / f"{limit}"
@@ -603,6 +597,12 @@ def test_a_gradient_that_is_not_finite_names_its_batch(llm):
     with pytest.raises(lm.InputError, match="p:0 and its batch: gradient norm: found"):
         dpo.train_step(llm, pairs, dpo.AdamW(llm, options_of()), 1)
     assert torch.equal(llm.head, before)
+
+
+def test_float16_is_refused(tiny):
+    llm = lm.load_model(tiny, dtype=torch.float16)
+    with pytest.raises(lm.InputError, match="float16"):
+        dpo.train(llm, draw_pairs(2), options_of())
 
 
 # Memory

@@ -681,6 +681,7 @@ def test_win_rate_counts_a_tie_half(tmp_path):
         files.append(write_rows(tmp_path / name, rows))
     judge = Lengths()
     assert judging.compare_files(judge, *files) == (rate, low, high)  # of first outputs
+    assert judge.sizes == [7]
     other = write_rows(tmp_path / "other", [sample_row(x, ["a"]) for x in "ABCDEFH"])
     with pytest.raises(InputError, match=r"other: found other instructions, expected those of"):
         judging.compare_files(judge, files[0], other)

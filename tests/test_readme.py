@@ -170,4 +170,4 @@ def test_the_modules_are_small_and_begin_with_their_reason_to_exist():
     }
     for name, (start, most) in first.items():
         assert any(line.startswith(start) for line in lines[name][:most]), (start, most)
-    assert sum(map(len, lines.values())) <= 2653  # the aim is 2,500
+    assert sum(map(len, lines.values())) <= 2652  # the aim is 2,500

@@ -88,8 +88,7 @@ def test_bfloat16_parts_from_transformers_only_where_two_tokens_are_close(tokeni
         if end < len(theirs):
             assert gaps[end] <= 0.25  # two steps of bf16 at a logit of 16 to 32
     print(f"bfloat16: {same} of {total} ids before the first difference")
-    # transformers itself had 106 of 207 on another machine than the one that made the fixtures.
-    assert same >= 0.25 * total
+    assert same >= 0.5 * total
 
 
 def test_samples_do_not_depend_on_how_many_decode_together(policy, tokenizer):
