@@ -285,13 +285,18 @@ def fit_options(model, longest, options):
     head, layers, size = model.head, model.config.num_hidden_layers, len(longest)
     given = {name: value for name, value in asdict(options).items() if value is not None}
     given["optimizer_device"] = place_optimizer(model, options)
-    tries = [(8192, layers), (8192, layers // 2), (8192, layers // 4), (8192, 1), (size, 1)]
+    most = max(1, 8192 // size) * size
+    tries = [(most, layers * share // 4) for share in (4, 3, 2, 1)] + [(most, 1), (size, 1)]
     for tokens, kept in tries if head.is_cuda else [(2048, 1)]:
         tried = Options(**{"micro_batch_tokens": tokens, "keep_activations": kept, **given})
-        batch = [replace(longest, reference=(0.0, 0.0))] * max(1, tried.micro_batch_tokens // size)
+        count = -(-tried.micro_batch_tokens // size)  # no micro-batch has more tokens than these
+        whole, pair = replace(tried, micro_batch_tokens=count * size), replace(longest)
+        pair.reference = (0.0, 0.0)
         try:
             held = AdamW(model, tried) if tried.optimizer_device == "same" else None
-            add_gradient(model, batch, tried)
+            # Of any pair, so that the sums of gradients are there beside the activations.
+            add_gradient(model, [Pair("", [0], [0], [0], (0.0, 0.0))], whole)
+            add_gradient(model, [pair] * count, whole)
             return tried
         except RuntimeError as error:
             if "memory" not in str(error):

@@ -12,7 +12,7 @@ instruction: its fields, `prompt_ids`, and `outputs` with `ids`, `thought`, `res
 import sys
 import time
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 
 import model as lm
@@ -169,18 +169,14 @@ def generate(
                     yield row, keys, values
 
     queue, active = arrivals(), []  # active: rows by their slot
-    for step in count():
+    while True:
         # 1. Admit: new rows take the free slots at once (continuous batching).
         for row, *held in islice(queue, decoder.slots - len(active)):
             decoder.cache.write(len(active), *held)
             active.append(row)
         if not active:
             return completions
-        # 2. Step: one token a row. Now and then rows are sorted by length: the short read few keys.
-        if step % 64 == 0 and max(row.position for row in active) >= 512:
-            order = sorted(range(len(active)), key=lambda slot: active[slot].position)
-            decoder.cache.reorder(order)
-            active = [active[slot] for slot in order]
+        # 2. Step: one token a row.
         uniforms = uniforms_of(active)
         logits = decoder.step([row.ids[-1] for row in active], [row.position for row in active])
         tokens = draw(logits, uniforms, temperature, top_p)
@@ -219,42 +215,34 @@ class Decoder:
         self.steps, self.rows = self.steps + 1, self.rows + len(tokens)
         both = torch.tensor([tokens, positions], device=self.device)  # (2, n)
         if self.device.type == "cuda":
-            return self.replay(both, positions)
-        return self.forward(both, self.lengths(positions))
+            return self.replay(both)
+        return self.forward(both, max(positions) + 1)
 
-    def lengths(self, positions, step=1):
-        """How many keys each part of the slots reads: its longest row's, in multiples of step."""
-        # A part more for every 256 positions, up to 4: where rows are short, one read is faster.
-        size = -(-len(positions) // max(1, min(4, max(positions) // 256)))
-        longest = [max(positions[i : i + size]) for i in range(0, len(positions), size)]
-        return tuple(min((n // step + 1) * step, self.length) for n in longest)
-
-    def forward(self, both, lengths):
+    def forward(self, both, length):
         tokens, positions = both
-        attend = self.cache.step(positions, lengths)
+        attend = self.cache.step(positions, length)
         hidden = self.model.model(tokens[:, None], positions[:, None], attend)[:, 0]  # (n, hidden)
         return lm.logits_of(hidden, self.model.head)
 
-    def replay(self, both, positions):
+    def replay(self, both):
         """`forward` as a CUDA graph: one launch a step instead of hundreds."""
-        # A graph's shape is fixed: rows are rounded up to a power of two, keys to multiples of 512.
+        # A graph's shape is fixed: rows are rounded up to a power of two, and any key may be read.
         # The rows beyond n write to free slots and are dropped.
-        n = len(positions)
+        n = both.shape[1]
         rows = min(1 << (n - 1).bit_length(), self.slots)
-        shape = (rows, self.lengths(positions + [0] * (rows - n), 512))
         if not self.graphs:  # all graphs read, write and allocate in the same places
             self.inputs = torch.zeros(2, self.slots, dtype=torch.int64, device=self.device)
             self.logits = torch.empty(self.slots, len(self.model.head), device=self.device)
             self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
         self.inputs.zero_()[:, :n] = both
-        if shape not in self.graphs:
+        if rows not in self.graphs:
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):  # libraries allocate on their first call
-                self.forward(self.inputs[:, :rows], shape[1])
-            self.graphs[shape] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graphs[shape], pool=self.pool, stream=self.stream):
-                self.logits[:rows] = self.forward(self.inputs[:, :rows], shape[1])
-        self.graphs[shape].replay()
+                self.forward(self.inputs[:, :rows], self.length)
+            self.graphs[rows] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graphs[rows], pool=self.pool, stream=self.stream):
+                self.logits[:rows] = self.forward(self.inputs[:, :rows], self.length)
+        self.graphs[rows].replay()
         return self.logits[:n]
 
 

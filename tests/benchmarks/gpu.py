@@ -31,6 +31,7 @@ import make_trl_fixture
 import numpy as np
 import torch
 from bench_dpo import draw_pairs
+from bench_sampling import their_rate, transformers_model
 from conftest import FIXTURES, write_checkpoint
 from safetensors.torch import load_file
 
@@ -125,25 +126,21 @@ def five_steps(device, scratch):
 
 
 def graphs(device, scratch):
-    """A step that is replayed from a CUDA graph against one that is not, free slots and all."""
+    """Steps, on a GPU replayed from a CUDA graph, against the prefill of the same tokens."""
     for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
         model = bench.random_model("tiny", device, dtype)
         with torch.inference_mode():
-            decoder, away, prompts = (
-                sample.Decoder(model, 7, 1200),
-                0,
-                [10, 500, 90, 900, 3, 600, 40],
-            )
-            for slot, length in enumerate(prompts):
-                keys, values, _ = decoder.prefill([i % 499 for i in range(length)])
+            decoder, away = sample.Decoder(model, 7, 1200), 0
+            rows = [[i % 499 for i in range(n)] for n in (10, 500, 90, 900, 3, 600, 40)]
+            for slot, row in enumerate(rows):
+                keys, values, _ = decoder.prefill(row)
                 decoder.cache.write(slot, keys, values)
-            for rows in (5, 3, 7, 5):
-                tokens, places = list(range(rows)), prompts[:rows]
-                replayed = decoder.step(tokens, places).clone()
-                both = torch.tensor([tokens, places], device=device)
-                plain = decoder.forward(both, decoder.lengths(places))
-                away = max(away, relative(replayed, plain))
-        yield f"a CUDA graph's step, {dtype}".replace("torch.", ""), away, bound
+            for token, n in enumerate((5, 3, 7, 5)):  # free slots behind them, all and some
+                logits = decoder.step([token] * n, [len(row) for row in rows[:n]])
+                for row, own in zip(rows, logits.clone(), strict=False):
+                    row.append(token)
+                    away = max(away, relative(own, decoder.prefill(row)[2][0]))
+        yield f"steps against prefill, {dtype}".replace("torch.", ""), away, bound
 
 
 def optimizers(device, scratch):
@@ -229,7 +226,10 @@ def decoding(model, short):
 
 
 def judging(model, short):
-    """Tokens a second of a reward model on 8 responses of unequal lengths to each instruction."""
+    """Tokens a second of a reward model on 8 responses of unequal lengths to each instruction.
+
+    Returns them, FLOP a second, and the chats that were read: lists of ids.
+    """
     config, count, most = model.config, 2 if short else 32, 20 if short else 600
     with torch.device("meta"):
         rewards = judge.RewardModel(config)
@@ -258,7 +258,47 @@ def judging(model, short):
     seconds, _ = timed(lambda: [ours.score(*item) for item in items])
     rate = sum(map(len, texts.values())) / seconds  # an instruction is computed once
     blocks = sum(p.numel() for p in model.model.layers.parameters())
-    return f"judging, {count} x 8 responses", rate, rate * 2 * blocks
+    chats = [ours.chat(("", x), ("", y)) for x, responses in items for y in responses]
+    return seconds, rate, rate * 2 * blocks, chats
+
+
+def beside_transformers(model, chats, seconds, short):
+    """How much faster ours is than transformers on the same weights; yields rows of the table.
+
+    generate: 256 rows of 200 tokens, all at once on both sides. A judge: the trunk on the chats
+    that ours read in `seconds`, sorted by length, 16 a batch, padded to the longest.
+    """
+    peer, (rows, longest) = transformers_model(model), (8, 10) if short else (256, 200)
+    prompts = [pair.prompt_ids for pair in draw_pairs(rows // 8, model.config.vocab_size, 200, 4)]
+    decoder, law = sample.Decoder(model, rows, 200 + longest), {"temperature": 0.05, "top_p": 0.95}
+
+    def ours():
+        call = (prompts, 8, longest, *law.values())
+        return rows * longest / timed(lambda: sample.generate(model, *call, decoder=decoder))[0]
+
+    def theirs():
+        return their_rate(peer, prompts, 8, rows, longest, [], **law)
+
+    rates = bench.alternate({"ours": ours, "theirs": theirs}, 1)
+    (own,), (other,) = rates.values()
+    what = f"transformers' generate, {rows} rows of {longest} tokens (ours {own:,.0f} tokens/s)"
+    yield what, f"{other:,.0f} tokens/s", f"ours is faster by {own / other:.1f}"
+    ordered = sorted(chats, key=len)
+
+    @torch.inference_mode()
+    def read():
+        for first in range(0, len(ordered), 16):
+            batch = ordered[first : first + 16]
+            width = max(map(len, batch))
+            ids = torch.tensor([[*chat, *[0] * (width - len(chat))] for chat in batch])
+            mask = torch.arange(width) < torch.tensor(list(map(len, batch)))[:, None]
+            inputs = {"input_ids": ids.to(peer.device), "attention_mask": mask.to(peer.device)}
+            peer.model(**inputs, use_cache=False).last_hidden_state[:, -1].tolist()
+
+    read()
+    other, _ = timed(read)
+    what = f"transformers' Llama as a judge, {len(chats)} chats of {sum(map(len, chats)):,} tokens"
+    yield what, f"{other:.2f} s", f"ours, {seconds:.2f} s, is faster by {other / seconds:.1f}"
 
 
 def training(model, short):
@@ -299,7 +339,8 @@ def speed(device, short):
     rows = [(what, f"{rate:,.0f} tokens/s", f"{read / card.bandwidth:.0%} of the bandwidth")]
     print(*rows[-1], sep=" | ", flush=True)
     give_back()
-    what, rate, work = judging(model, short)
+    seconds, rate, work, chats = judging(model, short)
+    what = f"judging, {len(chats) // 8} x 8 responses"
     rows.append((what, f"{rate:,.0f} tokens/s", f"{work / card.rate:.0%} of the matrix rate"))
     print(*rows[-1], sep=" | ", flush=True)
     give_back()
@@ -317,6 +358,12 @@ def speed(device, short):
         rows.append(("peak memory of that step", memory, f"{peak / total:.0%} of the card's"))
     else:
         rows.append(("peak memory of the process", memory, ""))
+    print(*rows[-1], sep=" | ", flush=True)
+    give_back()
+    if bench.installed("transformers"):
+        for row in beside_transformers(model, chats, seconds, short):
+            rows.append(row)
+            print(*row, sep=" | ", flush=True)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
     print(f"\n{name}, torch {torch.__version__}: a copy moves {card.bandwidth / 1e9:,.0f} GB/s,")
     print(f"the bus {card.bus / 1e9:,.0f} GB/s, a bf16 product {card.rate / 1e12:,.1f} TFLOP/s.")
