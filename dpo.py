@@ -216,8 +216,8 @@ class AdamW:
                     self.state[f"{kind}.{name}"] = view.view(p.shape)
         for name, p in self.parameters.items():
             self.state.setdefault(f"weight.{name}", p.detach()).copy_(p.detach())
-        # Two parameters at a time, each in its own stream: copies overlap with the arithmetic.
-        self.streams = [torch.cuda.Stream() for _ in range(2)] if head.is_cuda else []
+        # Four parameters at a time, each in its own stream: copies overlap with the arithmetic.
+        self.streams = [torch.cuda.Stream() for _ in range(4)] if head.is_cuda else []
 
     def gradient_norm(self):
         """Euclidean norm over all parameters' gradients, in float32."""
@@ -231,7 +231,7 @@ class AdamW:
         for side in self.streams:
             side.wait_stream(torch.cuda.current_stream())
         for i, (name, p) in enumerate(self.parameters.items()):
-            with torch.cuda.stream(self.streams[i % 2] if self.streams else None):
+            with torch.cuda.stream(self.streams[i % 4] if self.streams else None):
                 self.update(name, p, lr, scale)
         for side in self.streams:
             side.synchronize()  # the host may read its state, to save it
