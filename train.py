@@ -40,10 +40,11 @@ def tpo(run, rows, held_out):
     for t in range(1, last + 1):
         if not run.logged("validation", t):
             say(f"iteration {t} of {last}{time_left(run, t)}")
+        run.began = time.monotonic()
         sample_outputs(run, t, rows[(t - 1) * n : t * n])  # 1. ask for a thought, 2. sample
         judge_outputs(run, t)  # 3. judge the responses, 4. control the length, 5. build the pairs
-        train_policy(run, t, held_out)  # 6. train with DPO
-        select_epoch(run, t)  # 7. keep the best epoch
+        train_policy(run, t)  # 6. train with DPO
+        select_epoch(run, t, held_out)  # 7. keep the best epoch
         if run.options.keep == "last" and t > 1:
             shutil.rmtree(run.policy_folder(t - 1), ignore_errors=True)
 
@@ -52,7 +53,7 @@ def sample_outputs(run, t, rows):
     """K outputs of M_(t-1) for each fresh instruction."""
     if run.logged("sample", t):
         return
-    model, path = run.load(t - 1), run.file(t, "samples.jsonl")
+    model, path = run.load(run.policy_folder(t - 1)), run.file(t, "samples.jsonl")
     # No second try: what cannot be cut is to be rejected.
     write_samples(run, model, rows, path, "sampling", f"iteration-{t}", resample=0)
     outputs = [output for row in read(path) for output in row["outputs"]]
@@ -73,38 +74,41 @@ def judge_outputs(run, t):
     run.finish({"stage": "judge", "iteration": t, **made}, "judging", judging.describe_pairs(made))
 
 
-def train_policy(run, t, held_out):
-    """DPO of M_(t-1) on the pairs; every epoch is saved, and sampled on the held-out prompts."""
+def train_policy(run, t):
+    """DPO of M_(t-1) on the pairs; every epoch is saved."""
     if run.logged("train", t):
         return
     folder, source = run.file(t, ""), run.policy_folder(t - 1)
     pairs = dpo.read_pairs(folder / "pairs.jsonl", lm.read_config(source))
 
     def end_of_epoch(epoch, model):
-        path, label = folder / f"epoch-{epoch}", f"validation, epoch {epoch}"
-        if not (path / "checkpoint").exists():
-            lm.save_model(model, path / "checkpoint", source)
-        path = path / "validation.jsonl"
-        write_samples(run, model, held_out, path, label, "validation", num_samples=1)
+        path = folder / f"epoch-{epoch}" / "checkpoint"
+        if not path.exists():
+            lm.save_model(model, path, source)
 
     def log(record):
         run.log({"stage": "dpo", "iteration": t, **record}, "step")
 
-    options, model = replace(run.dpo, seed=f"{run.dpo.seed}/iteration-{t}"), run.load(t - 1)
-    dpo.train(model, pairs, options, folder / "state", log, end_of_epoch)
+    options = replace(run.dpo, seed=f"{run.dpo.seed}/iteration-{t}")
+    dpo.train(run.load(source), pairs, options, folder / "state", log, end_of_epoch)
     text = "{step} steps; the last: loss {loss:.2f}, accuracy {accuracy:.2f}, margin {margin:.2f}"
     text = text.format(**run.logged("dpo", t)[-1])
     run.finish({"stage": "train", "iteration": t}, "DPO", text)
 
 
-def select_epoch(run, t):
-    """Judges every epoch's validation samples and keeps one epoch (3.1: the best of 10)."""
+def select_epoch(run, t, held_out):
+    """Samples and judges the held-out instructions after every epoch; keeps the best (3.1)."""
     folder, done = run.file(t, ""), run.logged("validation", t)
     if not done:
+        paths = [folder / f"epoch-{epoch}" for epoch in range(1, run.dpo.epochs + 1)]
+        for path in paths:
+            model, label = run.load(path / "checkpoint"), f"validation, {path.name}"
+            file = path / "validation.jsonl"
+            write_samples(run, model, held_out, file, label, "validation", num_samples=1)
+            del model
         judge = run.load()
-        for epoch in range(1, run.dpo.epochs + 1):
-            path = folder / f"epoch-{epoch}" / "validation.jsonl"
-            row = validate(run, judge, path, t, run.sampling.thought)
+        for epoch, path in enumerate(paths, 1):
+            row = validate(run, judge, path / "validation.jsonl", t, run.sampling.thought)
             run.log({"stage": "epoch", "epoch": epoch, **row}, "epoch")
         rows = run.logged("epoch", t)
         # The first of equals; no score, where nothing could be cut, is below any score.
@@ -131,7 +135,7 @@ def validate_seed(run, held_out):
     styles = (run.sampling.thought, "none")
     paths = {style: run.file(0, f"validation-{style}.jsonl") for style in styles}
     if len(run.logged("validation", 0)) < len(paths):
-        model = run.load(0)
+        model = run.load(run.seed)
         if not run.logged("plan", 0):
             fitted = dpo.fit_options(model, run.longest_pair, run.dpo)
             run.log({"stage": "plan", "iteration": 0, "dpo": asdict(fitted)})
@@ -360,15 +364,14 @@ class Run:
         """The folder of M_t: the seed, or what iteration t trained."""
         return self.file(t, "checkpoint") if t else self.seed
 
-    def load(self, t=None):
-        """M_t, or without t the judge. A stage begins here."""
+    def load(self, policy=None):
+        """The policy in a checkpoint folder, or without one the judge."""
         gc.collect()  # the memory of the model before goes back to the device
         torch.cuda.empty_cache()
-        self.began = time.monotonic()
         where = (self.device.device, lm.DTYPES[self.device.dtype])
-        if t is None:
+        if policy is None:
             return judging.load_judge(self.judge, *where, self.judging)
-        return lm.load_model(self.policy_folder(t), *where)
+        return lm.load_model(policy, *where)
 
     def log(self, row, *keys):
         """Adds a row to log.jsonl, in place of one of the same stage, iteration and keys."""
@@ -378,8 +381,10 @@ class Run:
         lm.write_jsonl(self.folder / "log.jsonl", self.log_rows)
 
     def finish(self, row, name, text):
-        """Logs the end of a stage with its seconds since it loaded, and says it."""
-        self.log({**row, "seconds": time.monotonic() - self.began})
+        """Logs the end of a stage with its seconds since the last one, and says it."""
+        now = time.monotonic()
+        self.log({**row, "seconds": now - self.began})
+        self.began = now
         width = shutil.get_terminal_size().columns
         say(textwrap.fill(f"  {name:12}{text}", width, subsequent_indent=14 * " "))
 

@@ -6,6 +6,7 @@ Kills and full disks have a folder of their own, tests/resume.
 """
 
 import contextlib
+import gc
 import importlib
 import io
 import json
@@ -17,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from unittest import mock
 
@@ -170,6 +172,31 @@ def test_an_epoch_of_which_nothing_can_be_cut_is_below_any_score(scores, kept, w
     with mock.patch.object(train, "validate", validated):
         run(world, tmp_path, "--iterations", 1)
     assert rows_of(tmp_path, "validation", iteration=1)[0]["epoch"] == kept
+
+
+def test_only_one_model_and_no_optimizer_is_held_at_a_time(world, tmp_path, monkeypatch):
+    """A GPU's KV cache takes the room that they would need: at samplings and at judgings."""
+    weights, seen = weakref.WeakSet(), []
+
+    def watched(function, held):
+        def call(*args, **kwargs):
+            gc.collect()
+            optimizers = [x for x in gc.get_objects() if type(x) is dpo.AdamW]
+            seen.append((function.__name__, len(weights), len(optimizers)))
+            assert (len(weights), optimizers) == (held, []), seen
+            return function(*args, **kwargs)
+
+        return call
+
+    def load_weights(module, *args, load=lm.load_weights):
+        weights.add(module)
+        return load(module, *args)
+
+    monkeypatch.setattr(lm, "load_weights", load_weights)
+    monkeypatch.setattr(sample, "sample_file", watched(sample.sample_file, 1))
+    monkeypatch.setattr(judging, "score_file", watched(judging.score_file, 1))
+    run(world, tmp_path / "run", "--iterations", 1, "--epochs", 2)
+    assert [name for name, *_ in seen].count("sample_file") == 2 + 1 + 2
 
 
 def test_a_second_start_changes_nothing(finished, world):
