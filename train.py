@@ -101,10 +101,10 @@ def select_epoch(run, t, held_out):
     folder, done = run.file(t, ""), run.logged("validation", t)
     if not done:
         paths = [folder / f"epoch-{epoch}" for epoch in range(1, run.dpo.epochs + 1)]
-        for path in paths:
-            model, label = run.load(path / "checkpoint"), f"validation, {path.name}"
-            file = path / "validation.jsonl"
-            write_samples(run, model, held_out, file, label, "validation", num_samples=1)
+        for epoch, path in enumerate(paths, 1):
+            model, label = run.load(path / "checkpoint"), f"validation, epoch {epoch}"
+            path = path / "validation.jsonl"
+            write_samples(run, model, held_out, path, label, "validation", num_samples=1)
             del model
         judge = run.load()
         for epoch, path in enumerate(paths, 1):
