@@ -366,6 +366,7 @@ def read_samples(path, scored=False):
     for line, row in lm.read_jsonl(path):
         missing = {"instruction", "prompt_ids", "outputs"} - row.keys()
         lm.expect(not missing, f"{path}:{line}", f"no {sorted(missing)}", "them")
+        lm.expect(row["outputs"], f"{path}:{line}: outputs", "none", "one or more")
         for i, output in enumerate(row["outputs"]):
             where, missing = f"{path}:{line}: outputs[{i}]", needed - output.keys()
             lm.expect(not missing, where, f"no {sorted(missing)}", "them")

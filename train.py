@@ -100,15 +100,15 @@ def select_epoch(run, t, held_out):
     """Samples and judges the held-out instructions after every epoch; keeps the best (3.1)."""
     folder, done = run.file(t, ""), run.logged("validation", t)
     if not done:
-        paths = [folder / f"epoch-{epoch}" for epoch in range(1, run.dpo.epochs + 1)]
-        for epoch, path in enumerate(paths, 1):
-            model, label = run.load(path / "checkpoint"), f"validation, epoch {epoch}"
-            path = path / "validation.jsonl"
+        epochs = range(1, run.dpo.epochs + 1)
+        paths = {epoch: folder / f"epoch-{epoch}" / "validation.jsonl" for epoch in epochs}
+        for epoch, path in paths.items():
+            model, label = run.load(path.with_name("checkpoint")), f"validation, epoch {epoch}"
             write_samples(run, model, held_out, path, label, "validation", num_samples=1)
             del model
         judge = run.load()
-        for epoch, path in enumerate(paths, 1):
-            row = validate(run, judge, path / "validation.jsonl", t, run.sampling.thought)
+        for epoch, path in paths.items():
+            row = validate(run, judge, path, t, run.sampling.thought)
             run.log({"stage": "epoch", "epoch": epoch, **row}, "epoch")
         rows = run.logged("epoch", t)
         # The first of equals; no score, where nothing could be cut, is below any score.

@@ -776,6 +776,7 @@ GOOD = sample_row("x", ["a", "b"])
     ("row", "message"),
     [
         ({"instruction": "x", "prompt_ids": []}, r"found no \['outputs'\]"),
+        (GOOD | {"outputs": []}, "found none"),
         (GOOD | {"outputs": [{"ids": [1], "thought": "", "response": "a"}]}, ".*finished"),
         (sample_row("y", ["b" * 2100]), r"what the judge reads: found 2\d+ tokens"),
     ],
