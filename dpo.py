@@ -216,7 +216,7 @@ class AdamW:
                     self.state[f"{kind}.{name}"] = view.view(p.shape)
         for name, p in self.parameters.items():
             self.state.setdefault(f"weight.{name}", p.detach()).copy_(p.detach())
-        # Four parameters at a time, each in its own stream: copies overlap with the arithmetic.
+        # So many parameters at a time, each in its own stream: copies overlap with the arithmetic.
         self.streams = [torch.cuda.Stream() for _ in range(4)] if head.is_cuda else []
 
     def gradient_norm(self):
@@ -231,7 +231,7 @@ class AdamW:
         for side in self.streams:
             side.wait_stream(torch.cuda.current_stream())
         for i, (name, p) in enumerate(self.parameters.items()):
-            with torch.cuda.stream(self.streams[i % 4] if self.streams else None):
+            with torch.cuda.stream(self.streams[i % len(self.streams)] if self.streams else None):
                 self.update(name, p, lr, scale)
         for side in self.streams:
             side.synchronize()  # the host may read its state, to save it
@@ -285,16 +285,15 @@ def fit_options(model, longest, options):
     head, layers, size = model.head, model.config.num_hidden_layers, len(longest)
     given = {name: value for name, value in asdict(options).items() if value is not None}
     given["optimizer_device"] = place_optimizer(model, options)
-    most = max(1, 8192 // size) * size
+    most, pair = max(1, 8192 // size) * size, replace(longest, reference=(0.0, 0.0))
     tries = [(most, layers * share // 4) for share in (4, 3, 2, 1)] + [(most, 1), (size, 1)]
     for tokens, kept in tries if head.is_cuda else [(2048, 1)]:
         tried = Options(**{"micro_batch_tokens": tokens, "keep_activations": kept, **given})
         count = -(-tried.micro_batch_tokens // size)  # no micro-batch has more tokens than these
-        whole, pair = replace(tried, micro_batch_tokens=count * size), replace(longest)
-        pair.reference = (0.0, 0.0)
+        whole = replace(tried, micro_batch_tokens=count * size)
         try:
             held = AdamW(model, tried) if tried.optimizer_device == "same" else None
-            # Of any pair, so that the sums of gradients are there beside the activations.
+            # First any pair: in training the sums of gradients are there beside the activations.
             add_gradient(model, [Pair("", [0], [0], [0], (0.0, 0.0))], whole)
             add_gradient(model, [pair] * count, whole)
             return tried

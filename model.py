@@ -253,7 +253,7 @@ class KVCache:
         """The `attend` of one new token in each of the first B slots.
 
         positions (B,): where each token goes. length: how many keys to read, more than any row
-        sees; a mask hides the rest. A GPU's kernel for 16 bits reads what each row sees alone.
+        sees; a mask hides the rest. A GPU's kernel for 16 bits reads only what each row sees.
         """
         B, KV, size = len(positions), self.k.shape[2], self.k.shape[4]
         rows = torch.arange(B, device=positions.device)
@@ -261,9 +261,11 @@ class KVCache:
         if flash:  # it takes sequences of one head, end to end: a slot is KV of them
             starts = torch.arange(B * KV + 1, device=positions.device, dtype=torch.int32)
             seen = (positions + 1).int().repeat_interleave(KV)
+            # Where queries and keys begin, the most of each; no dropout, no mask, no debugging.
+            how = (starts, starts * length, 1, length, 0.0, False, False)
         else:
-            unseen = torch.arange(length, device=positions.device) > positions[:, None]
-            # Added to the scores: attention would make it of booleans again in every layer.
+            unseen = torch.arange(length, device=positions.device) > positions[:, None, None, None]
+            # (B, 1, 1, length), added to the scores: attention would make it of booleans each time.
             mask = torch.zeros_like(unseen, dtype=self.k.dtype).masked_fill(unseen, -math.inf)
 
         def attend(layer, q, k, v):
@@ -272,13 +274,12 @@ class KVCache:
             # The query heads of a group stand where a sequence would: no key is repeated.
             grouped = q.reshape(B, KV, -1, size)  # (B, KV, H / KV, head_dim)
             held = (x[layer, :B, :, :length] for x in (self.k, self.v))
-            if not flash:
-                out = F.scaled_dot_product_attention(grouped, *held, mask[:, None, None])
-            else:
+            if flash:
                 held = (x.reshape(-1, 1, size) for x in held)  # (B * KV * length, 1, head_dim)
-                ends = (starts, starts * length, 1, length, 0.0, False, False)
                 attention = torch.ops.aten._flash_attention_forward
-                out = attention(grouped.flatten(0, 1), *held, *ends, seqused_k=seen)[0]
+                out = attention(grouped.flatten(0, 1), *held, *how, seqused_k=seen)[0]
+            else:
+                out = F.scaled_dot_product_attention(grouped, *held, mask)
             return out.reshape(q.shape)  # (B, H, 1, head_dim)
 
         return attend

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import dpo
 import model as lm
@@ -628,6 +629,7 @@ def test_options_are_filled_in_by_trying_and_nothing_is_left(llm, monkeypatch):
     for (one, _), (batch, options), tokens in zip(tried[::2], tried[1::2], (2048, 70), strict=True):
         sizes = list(map(len, batch))
         assert len(one) == 1 and set(sizes) == {len(longest)}
+        assert replace(options, micro_batch_tokens=tokens) in (found, given)
         assert sum(sizes) - sizes[0] < tokens <= sum(sizes) == options.micro_batch_tokens
     assert same(llm.state_dict(), before) and all(p.grad is None for p in llm.parameters())
     assert longest.reference is None

@@ -178,12 +178,12 @@ def test_only_one_model_and_no_optimizer_is_held_at_a_time(world, tmp_path, monk
     """A GPU's KV cache takes the room that they would need: at samplings and at judgings."""
     weights, seen = weakref.WeakSet(), []
 
-    def watched(function, held):
+    def watched(function):
         def call(*args, **kwargs):
             gc.collect()
             optimizers = [x for x in gc.get_objects() if type(x) is dpo.AdamW]
             seen.append((function.__name__, len(weights), len(optimizers)))
-            assert (len(weights), optimizers) == (held, []), seen
+            assert (len(weights), optimizers) == (1, []), seen
             return function(*args, **kwargs)
 
         return call
@@ -193,8 +193,8 @@ def test_only_one_model_and_no_optimizer_is_held_at_a_time(world, tmp_path, monk
         return load(module, *args)
 
     monkeypatch.setattr(lm, "load_weights", load_weights)
-    monkeypatch.setattr(sample, "sample_file", watched(sample.sample_file, 1))
-    monkeypatch.setattr(judging, "score_file", watched(judging.score_file, 1))
+    monkeypatch.setattr(sample, "sample_file", watched(sample.sample_file))
+    monkeypatch.setattr(judging, "score_file", watched(judging.score_file))
     run(world, tmp_path / "run", "--iterations", 1, "--epochs", 2)
     assert [name for name, *_ in seen].count("sample_file") == 2 + 1 + 2
 

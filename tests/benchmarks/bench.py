@@ -104,6 +104,17 @@ def alternate(functions, repeats):
     return results
 
 
+def padded_batches(chats, size, pad, device="cpu"):
+    """Yields (places, inputs) as transformers takes them: lists of ids, sorted by length."""
+    order = sorted(range(len(chats)), key=lambda i: len(chats[i]))
+    for first in range(0, len(order), size):
+        places = order[first : first + size]
+        width = max(len(chats[i]) for i in places)
+        ids = torch.tensor([[*chats[i], *[pad] * (width - len(chats[i]))] for i in places])
+        mask = torch.arange(width) < torch.tensor([len(chats[i]) for i in places])[:, None]
+        yield places, {"input_ids": ids.to(device), "attention_mask": mask.long().to(device)}
+
+
 def spread(values, form=",.0f"):
     middle = statistics.median(values)
     return f"{middle:{form}} ({min(values):{form}} to {max(values):{form}})"

@@ -96,11 +96,8 @@ def their_scores(model, tokenizer, items, batch_size):
             turns = (("user", instruction), ("assistant", response))
             messages = [{"role": role, "content": content} for role, content in turns]
             chats.append(tokenizer.apply_chat_template(messages, tokenize=True)["input_ids"])
-    order = sorted(range(len(chats)), key=lambda i: len(chats[i]))
     scores = [0.0] * len(chats)
-    for first in range(0, len(order), batch_size):
-        batch = order[first : first + batch_size]
-        inputs = tokenizer.pad({"input_ids": [chats[i] for i in batch]}, return_tensors="pt")
+    for batch, inputs in bench.padded_batches(chats, batch_size, tokenizer.pad_token_id):
         with torch.inference_mode():
             found = model(**inputs, use_cache=False).logits[:, 0].tolist()
         for i, score in zip(batch, found, strict=True):

@@ -284,16 +284,10 @@ def beside_transformers(model, chats, seconds, short):
     (own,), (other,) = rates.values()
     what = f"transformers' generate, {rows} rows of {longest} tokens (ours {own:,.0f} tokens/s)"
     yield what, f"{other:,.0f} tokens/s", f"ours is faster by {own / other:.1f}"
-    ordered = sorted(chats, key=len)
 
     @torch.inference_mode()
     def read():
-        for first in range(0, len(ordered), 16):
-            batch = ordered[first : first + 16]
-            width = max(map(len, batch))
-            ids = torch.tensor([[*chat, *[0] * (width - len(chat))] for chat in batch])
-            mask = torch.arange(width) < torch.tensor(list(map(len, batch)))[:, None]
-            inputs = {"input_ids": ids.to(peer.device), "attention_mask": mask.to(peer.device)}
+        for _, inputs in bench.padded_batches(chats, 16, 0, peer.device):
             peer.model(**inputs, use_cache=False).last_hidden_state[:, -1].tolist()
 
     read()
@@ -331,40 +325,40 @@ def training(model, short):
 
 def speed(device, short):
     """Prints the figures as they come, then the table."""
+    rows = []
+
+    def add(*row):
+        rows.append(row)
+        print(*row, sep=" | ", flush=True)
+
     card = Card(device, short)
     give_back()
     shape = "tiny" if short else "llama-3-8b"
     making, model = timed(lambda: bench.random_model(shape, device, torch.bfloat16))
     print(f"{shape}, made in {making:.1f} s")
     what, rate, read = decoding(model, short)
-    rows = [(what, f"{rate:,.0f} tokens/s", f"{read / card.bandwidth:.0%} of the bandwidth")]
-    print(*rows[-1], sep=" | ", flush=True)
+    add(what, f"{rate:,.0f} tokens/s", f"{read / card.bandwidth:.0%} of the bandwidth")
     give_back()
     seconds, rate, work, chats = judging(model, short)
     what = f"judging, {len(chats) // 8} x 8 responses"
-    rows.append((what, f"{rate:,.0f} tokens/s", f"{work / card.rate:.0%} of the matrix rate"))
-    print(*rows[-1], sep=" | ", flush=True)
+    add(what, f"{rate:,.0f} tokens/s", f"{work / card.rate:.0%} of the matrix rate")
     give_back()
     passes, stepping, peak, tokens, flops, moved = training(model, short)
     share = f"{flops / passes / card.rate:.0%} of the matrix rate"
-    rows += [
-        ("a DPO step, forward and backward", f"{passes:.1f} s", share),
-        ("that, by tokens", f"{tokens / passes:,.0f} tokens/s", share),
-    ]
+    add("a DPO step, forward and backward", f"{passes:.1f} s", share)
+    add("that, by tokens", f"{tokens / passes:,.0f} tokens/s", share)
     share = f"{moved / stepping / card.bus:.0%} of the bus, one way"
-    rows.append(("AdamW, state on the host", f"{stepping:.1f} s", share))
+    add("AdamW, state on the host", f"{stepping:.1f} s", share)
     memory = f"{peak / lm.GIB:.1f} GiB"
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
-        rows.append(("peak memory of that step", memory, f"{peak / total:.0%} of the card's"))
+        add("peak memory of that step", memory, f"{peak / total:.0%} of the card's")
     else:
-        rows.append(("peak memory of the process", memory, ""))
-    print(*rows[-1], sep=" | ", flush=True)
+        add("peak memory of the process", memory, "")
     give_back()
     if bench.installed("transformers"):
         for row in beside_transformers(model, chats, seconds, short):
-            rows.append(row)
-            print(*row, sep=" | ", flush=True)
+            add(*row)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
     print(f"\n{name}, torch {torch.__version__}: a copy moves {card.bandwidth / 1e9:,.0f} GB/s,")
     print(f"the bus {card.bus / 1e9:,.0f} GB/s, a bf16 product {card.rate / 1e12:,.1f} TFLOP/s.")
