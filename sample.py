@@ -12,7 +12,7 @@ instruction: its fields, `prompt_ids`, and `outputs` with `ids`, `thought`, `res
 import sys
 import time
 from dataclasses import dataclass
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 
 import model as lm
@@ -141,8 +141,7 @@ def generate(
         limit = min(max_new_tokens, room_after(ids, model.config, f"prompt {i}"))
         own = [lm.stream(seed, "completion", name, j).random(limit) for j in range(num_samples)]
         completions.append([Completion([], False, u, len(ids) - 1) for u in own])
-    if decoder is None:
-        decoder = decoder_for(model, prompts, len(prompts) * num_samples, max_new_tokens)
+    decoder = decoder or decoder_for(model, prompts, len(prompts) * num_samples, max_new_tokens)
 
     def uniforms_of(rows):  # uploaded before the step, for which a later copy would wait
         numbers = [row.uniforms[len(row.ids)] for row in rows]
@@ -161,17 +160,18 @@ def generate(
 
     def arrivals():
         """Rows with their first token; a prompt is prefilled once for its K completions."""
-        for prompt, own in zip(prompts, completions, strict=True):
-            keys, values, logits = decoder.prefill(prompt)
+        parts = lm.fill(prompts, map(len, prompts), decoder.prefill_tokens)
+        prefilled = (one for part in parts for one in zip(*decoder.prefill(part), strict=True))
+        for own, (held, logits) in zip(completions, prefilled, strict=True):
             tokens = draw(logits.expand(len(own), -1), uniforms_of(own), temperature, top_p)
             for row, token in zip(own, tokens, strict=True):
                 if not ended(row, token):
-                    yield row, keys, values
+                    yield row, held
 
     queue, active = arrivals(), []  # active: rows by their slot
     while True:
         # 1. Admit: new rows take the free slots at once (continuous batching).
-        for row, *held in islice(queue, decoder.slots - len(active)):
+        for row, held in islice(queue, decoder.slots - len(active)):
             decoder.cache.write(len(active), *held)
             active.append(row)
         if not active:
@@ -196,19 +196,22 @@ class Decoder:
         weight = model.head
         self.model, self.slots, self.length, self.device = model, slots, length, weight.device
         self.cache = lm.KVCache(model.config, slots, length, weight.device, weight.dtype)
+        self.prefill_tokens = 2048  # ours: of prompts in one packed row; or one prompt
         self.graphs, self.steps, self.rows = {}, 0, 0  # steps run, and rows in all of them
 
-    def prefill(self, prompt):
-        """Keys and values of a prompt, (layers, KV, T, head_dim) each, and its logits (1, V)."""
-        kept = []
+    def prefill(self, prompts):
+        """Keys and values of n prompts, (2, layers, KV, T, head_dim) each, and logits (n, V)."""
+        tokens, positions, attend = lm.pack([(ids, None) for ids in prompts], self.device)
+        kept, lengths = [], [len(ids) for ids in prompts]
 
-        def attend(layer, q, k, v):
-            kept.append((k[0], v[0]))
-            return lm.causal_attention(layer, q, k, v)
+        def keep(layer, q, k, v):
+            kept.append(torch.cat([k, v]))  # (2, KV, N, head_dim)
+            return attend(layer, q, k, v)
 
-        hidden = self.model.model(torch.tensor([prompt], device=self.device), attend=attend)
-        keys, values = (torch.stack(part) for part in zip(*kept, strict=True))
-        return keys, values, lm.logits_of(hidden[:, -1], self.model.head)
+        ends = [end - 1 for end in accumulate(lengths)]
+        hidden = self.model.model(tokens, positions, keep)[0][ends]  # (n, hidden)
+        held = torch.stack(kept, dim=1).split(lengths, dim=3)
+        return held, lm.logits_of(hidden, self.model.head)
 
     def step(self, tokens, positions):
         """Logits (n, V) after the last tokens of the first n slots. tokens, positions: n int."""

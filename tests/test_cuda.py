@@ -278,15 +278,15 @@ def test_decoding(fake, dtype):
     model = fill_model(TINY, dtype)
     decoder = sample.Decoder(model, 3, 40)
     assert is_at(decoder.cache.k, (2, 3, 2, 40, 16), dtype)
-    keys, values, logits = decoder.prefill([5, 6, 7])
-    assert is_at(keys, (2, 2, 3, 16), dtype) and is_at(values, (2, 2, 3, 16), dtype)
-    assert is_at(logits, (1, 500), torch.float32)
-    decoder.cache.write(1, keys, values)
+    held, logits = decoder.prefill([[5, 6, 7], [8]])
+    assert is_at(held[0], (2, 2, 2, 3, 16), dtype) and is_at(held[1], (2, 2, 2, 1, 16), dtype)
+    assert is_at(logits, (2, 500), torch.float32)
+    decoder.cache.write(1, *held[0])
     assert is_at(decoder.step([1, 2], [3, 4]), (2, 500), torch.float32)
     # A draw waits once where no nucleus is wider than its candidates; here all of them are.
     waits = fake.waits
     uniforms = torch.zeros(2, dtype=torch.float64, device=CUDA)
-    assert sample.draw(logits.expand(2, -1), uniforms, 0.8, 0.95) == [1, 1]
+    assert sample.draw(logits, uniforms, 0.8, 0.95) == [1, 1]
     assert fake.waits == waits + 2
     generate = torch.no_grad()(sample.generate.__wrapped__)  # inference mode hides the fake device
     completions = generate(model, [[5, 6], [7, 8, 9]], 2, 6, stop_ids=[9], decoder=decoder)
@@ -330,9 +330,8 @@ def test_a_kernel_may_give_another_memory_order(monkeypatch, packed):
             if packed:
                 return model.model(*lm.pack(pieces))
             decoder = sample.Decoder(model, 2, 9)
-            for slot, prompt in enumerate(([5, 6, 7], [8])):
-                keys, values, _ = decoder.prefill(prompt)
-                decoder.cache.write(slot, keys, values)
+            for slot, held in enumerate(decoder.prefill([[5, 6, 7], [8]])[0]):
+                decoder.cache.write(slot, *held)
             return decoder.step([1, 2], [3, 1])
 
     use_dense_masks(monkeypatch)

@@ -313,22 +313,24 @@ def test_slots_are_not_wasted_and_on_end_hears_of_every_completion_once(llm):
 @decodes
 @pytest.mark.parametrize("slots, samples", [(1, 1), (2, 3), (8, 2)])
 def test_a_prompts_keys_and_values_are_let_go(slots, samples, llm, monkeypatch):
-    """None but the last prompt's are alive in a step, and none after the last one."""
-    held, prompts, alive = decoder_of(llm, slots), [], []
+    """None but those prefilled last are alive in a step, and none after the last one."""
+    held, parts, alive = decoder_of(llm, slots), [], []
     prefill, step = held.prefill, held.step
 
-    def watched_prefill(ids):
-        *kept, logits = prefill(ids)
-        prompts.append([weakref.ref(x.untyped_storage()) for x in kept])
-        return *kept, logits
+    def watched_prefill(prompts):
+        assert len(prompts) == 2
+        kept, logits = prefill(prompts)
+        parts.append([weakref.ref(x.untyped_storage()) for x in kept])
+        return kept, logits
 
     def living():
-        return {i for i, refs in enumerate(prompts) if any(ref() is not None for ref in refs)}
+        return {i for i, refs in enumerate(parts) if any(ref() is not None for ref in refs)}
 
     def watched_step(*args):
-        alive.append(living() - {len(prompts) - 1})
+        alive.append(living() - {len(parts) - 1})
         return step(*args)
 
+    held.prefill_tokens = 5  # two prompts of 2
     monkeypatch.setattr(held, "prefill", watched_prefill)
     monkeypatch.setattr(held, "step", watched_step)
     gc.disable()  # let go, not found by the collector
@@ -337,7 +339,7 @@ def test_a_prompts_keys_and_values_are_let_go(slots, samples, llm, monkeypatch):
         after = living()
     finally:
         gc.enable()
-    assert len(made) == len(prompts) == 6 and alive and not any(alive) and not after
+    assert len(made) == 2 * len(parts) == 6 and alive and not any(alive) and not after
 
 
 DRAW_BYTES = 40  # of each logit: itself, its probability, sorted whole with order and sums
@@ -365,6 +367,7 @@ def test_memory_is_the_budgeted_whatever_the_number_of_prompts(
         with tensor_bytes(llm) as tensors:
             held = sample.Decoder(llm, slots, length)
             assert held.cache.k.nbytes + held.cache.v.nbytes == cache
+            held.prefill_tokens = 9  # of 2 prompts and of 8: two together
             sample.generate(llm, prompts, 8, 8, decoder=held)
         peaks.append(tensors.peak / budget)
     assert min(peaks) > 0.9 and max(peaks) < 1.1

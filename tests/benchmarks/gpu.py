@@ -133,14 +133,13 @@ def graphs(device, scratch):
         with torch.inference_mode():
             decoder, away = sample.Decoder(model, 7, 1200), 0
             rows = [[i % 499 for i in range(n)] for n in (10, 500, 90, 900, 3, 600, 40)]
-            for slot, row in enumerate(rows):
-                keys, values, _ = decoder.prefill(row)
-                decoder.cache.write(slot, keys, values)
+            for slot, held in enumerate(decoder.prefill(rows)[0]):
+                decoder.cache.write(slot, *held)
             for token, n in enumerate((5, 3, 7, 5)):  # free slots behind them, all and some
                 logits = decoder.step([token] * n, [len(row) for row in rows[:n]])
                 for row, own in zip(rows, logits.clone(), strict=False):
                     row.append(token)
-                    away = max(away, relative(own, decoder.prefill(row)[2][0]))
+                    away = max(away, relative(own, decoder.prefill([row])[1][0]))
         yield f"steps against prefill, {dtype}".replace("torch.", ""), away, bound
 
 
