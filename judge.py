@@ -193,7 +193,7 @@ class Pointwise(Judge):
 
     def run(self, items):
         """Judges (instruction, responses) pairs; returns a dict for each: its `scores`."""
-        rows = [self.read(instruction, tuple(responses)) for instruction, responses in items]
+        rows = [self.read(x, tuple(responses)) if responses else [] for x, responses in items]
         return [{"scores": [row[0] for row in own]} for own in rows]
 
     @torch.inference_mode()
@@ -201,24 +201,21 @@ class Pointwise(Judge):
         """The head's rows for a tuple of responses. Equal ones are computed once: they tie."""
         chats = [self.chat(("user", instruction), ("assistant", text)) for text in responses]
         distinct = list(dict.fromkeys(chats))
-        if not chats:
-            return []
         # What all begin with is computed once, up to their last tokens.
         begun = commonprefix([chat[:-1] for chat in distinct])  # noqa: RUF071, these are ids
         shared = len(begun) if len(distinct) > 1 else 0
         pieces = [(chat[shared:], 0 if shared else None) for chat in distinct]
         pieces = [(distinct[0][:shared], None)] * bool(shared) + pieces
         device = self.model.model.embed_tokens.weight.device
-        hidden = self.model.model(*lm.pack(pieces, device))[0].float()  # (N, hidden)
         ends, gates, offset = [], [], 0  # offset: tokens of the chats before
         for chat in distinct:
             gate = self.gate_position(chat) if isinstance(self.model, ArmoRM) else 0
             gates.append(gate if gate < shared else offset + gate)
             ends.append(offset + len(chat) - 1)
             offset += len(chat) - shared
-        rows = self.model.head(hidden[ends], hidden[gates]).tolist()
-        found = dict(zip(distinct, rows, strict=True))
-        return [found[chat] for chat in chats]
+        hidden = self.model.model(*lm.pack(pieces, device), rows=ends + gates)[0].float()
+        rows = self.model.head(*hidden.chunk(2)).tolist()  # (n, hidden) each
+        return [rows[distinct.index(chat)] for chat in chats]
 
     def gate_position(self, chat):
         """Where ArmoRM's gate reads a chat: at the last assistant's header, even a quoted one."""
