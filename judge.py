@@ -213,7 +213,7 @@ class Pointwise(Judge):
             gates.append(gate if gate < shared else offset + gate)
             ends.append(offset + len(chat) - 1)
             offset += len(chat) - shared
-        hidden = self.model.model(*lm.pack(pieces, device), rows=ends + gates)[0].float()
+        hidden = self.model.model(*lm.pack(pieces, device), wanted=ends + gates)[0].float()
         rows = self.model.head(*hidden.chunk(2)).tolist()  # (n, hidden) each
         return [rows[distinct.index(chat)] for chat in chats]
 

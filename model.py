@@ -136,9 +136,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, attend, rows=...):
+    def forward(self, x, cos, sin, attend, wanted=...):
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
-        x = x[:, rows]
+        x = x[:, wanted]
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -153,13 +153,13 @@ class Trunk(nn.Module):
         self.norm = RMSNorm(config)
         self.register_buffer("frequencies", rope_frequencies(config), persistent=False)
 
-    def forward(self, tokens, positions=None, attend=causal_attention, recompute=0, rows=...):
+    def forward(self, tokens, positions=None, attend=causal_attention, recompute=0, wanted=...):
         """(B, T) int64 -> (B, T, hidden).
 
         positions: (B, T) int64, default 0..T-1. attend: causal_attention, pack's or the KV
         cache's. recompute: gradient checkpointing, the number of blocks (from the first) that keep
-        only their input and are computed again in the backward pass. rows: the places in T that
-        are wanted, by default all; the last block's MLP, which mixes no tokens, computes no others.
+        only their input and are computed again in the backward pass. wanted: the places in T
+        that are returned, by default all; the last block's MLP, where no tokens meet, skips others.
         """
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
@@ -168,7 +168,7 @@ class Trunk(nn.Module):
         sin = torch.cat([-angles.sin(), angles.sin()], dim=-1)  # signed as rotate needs it
         x = self.embed_tokens(tokens)
         for i, block in enumerate(self.layers):
-            args = (x, cos, sin, attend, rows if block is self.layers[-1] else ...)
+            args = (x, cos, sin, attend, wanted if block is self.layers[-1] else ...)
             x = checkpoint(block, *args, use_reentrant=False) if i < recompute else block(*args)
         return self.norm(x)
 

@@ -209,7 +209,7 @@ class Decoder:
             return attend(layer, q, k, v)
 
         ends = [end - 1 for end in accumulate(lengths)]
-        hidden = self.model.model(tokens, positions, keep, rows=ends)[0]  # (n, hidden)
+        hidden = self.model.model(tokens, positions, keep, wanted=ends)[0]  # (n, hidden)
         held = torch.stack(kept, dim=1).split(lengths, dim=3)
         return held, lm.logits_of(hidden, self.model.head)
 
