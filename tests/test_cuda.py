@@ -283,9 +283,9 @@ def test_decoding(fake, dtype):
     assert is_at(logits, (2, 500), torch.float32)
     decoder.cache.write(1, *held[0])
     assert is_at(decoder.step([1, 2], [3, 4]), (2, 500), torch.float32)
-    # A draw waits once where no nucleus is wider than its candidates; here all of them are.
+    # A draw waits to know which rows are outside their nucleus, and for the ids.
     waits = fake.waits
-    uniforms = torch.zeros(2, dtype=torch.float64, device=CUDA)
+    uniforms = torch.zeros(2, 2, dtype=torch.float64, device=CUDA)
     assert sample.draw(logits, uniforms, 0.8, 0.95) == [1, 1]
     assert fake.waits == waits + 2
     generate = torch.no_grad()(sample.generate.__wrapped__)  # inference mode hides the fake device

@@ -32,11 +32,11 @@ def on_random_weights(args):
     count, longest, average = (3, 12, 6) if args.short else (12, 300, 110)
     prompts = [draws.integers(0, vocab, n).tolist() for n in draws.integers(40, 200, count)]
     stops = list(range(max(1, round(vocab / average))))  # flat logits: geometric lengths
-    length, decoders = max(map(len, prompts)) + longest, []
+    length = max(map(len, prompts)) + longest
 
     def decode(prompts, num_samples, longest, stop_ids, names=None):
-        decoders.append(sample.Decoder(model, slots, length))
-        more = {"stop_ids": stop_ids, "names": names, "decoder": decoders[-1], **SETTINGS}
+        decoder = sample.Decoder(model, slots, length)
+        more = {"stop_ids": stop_ids, "names": names, "decoder": decoder, **SETTINGS}
         return lengths_of(sample.generate(model, prompts, num_samples, longest, **more))
 
     def ours(prompts=prompts, num_samples=8):
@@ -65,10 +65,7 @@ def on_random_weights(args):
             theirs = partial(their_rate, peer, prompts, 8, rows, longest, stops)
             variants[f"transformers' `generate`, {rows} rows"] = theirs
     print(f"sampling: {count} prompts x 8, at most {longest} new tokens, {slots} slots")
-    ratios = table(variants, 1 if args.short else args.repeats)
-    steps, rows = sum(d.steps for d in decoders), sum(d.rows for d in decoders)
-    print(f"  slots in use on average: {rows / steps:.1f} of {slots}")
-    return ratios
+    return table(variants, 1 if args.short else args.repeats)
 
 
 def on_real_weights(args):
