@@ -36,7 +36,7 @@ ABLATIONS = {
     "rho 0.5": ["--rho", "0.5"],
     "K 2": ["--num-samples", "2"],
     "K 4": ["--num-samples", "4"],
-    "NLL weight 0": ["--nll-weight", "0"],
+    "NLL weight 1": ["--nll-weight", "1"],
     "last epoch": ["--select", "last"],
     "failed not rejected": ["--no-reject-failed"],
 }
