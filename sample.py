@@ -88,8 +88,8 @@ def draw(logits, uniforms, temperature, top_p):
     lm.expect(all(finite), "the model's logits", "NaN or infinity", "finite: another --dtype")
     if any(outside):
         ranked, order = probs[outside].sort(descending=True, stable=True)  # (n, V)
-        likelier = ranked.cumsum(-1, dtype=torch.float64) - ranked
-        places = invert_cdf(ranked * (likelier < top_p), uniforms[outside, 1])
+        mass = ranked.cumsum(-1, dtype=torch.float64) - ranked  # of the likelier ones
+        places = invert_cdf(ranked * (mass < top_p), uniforms[outside, 1])
         ids[outside] = order.gather(-1, places[:, None])[:, 0]
     return ids.tolist()
 
