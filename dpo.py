@@ -13,7 +13,6 @@ no second model is kept as the reference, and the full logits are never material
 import math
 import re
 import shutil
-import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -21,6 +20,7 @@ import model as lm
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
 
@@ -94,12 +94,11 @@ def token_logprobs(hidden, head, targets):
 
 def add_reference(model, pairs, options):
     """Sets each pair's reference: what the model before training gives both outputs."""
-    for part in lm.fill(pairs, map(len, pairs), options.micro_batch_tokens or 2048):
+    for part in lm.fill(pairs, map(len, pairs), options.micro_batch_tokens):
         with torch.no_grad():
             logprobs = torch.stack(output_logprobs(model, part), dim=1).tolist()  # (B, 2)
-        for pair, pair.reference in zip(part, logprobs, strict=True):
-            finite = all(map(math.isfinite, pair.reference))
-            lm.expect(finite, f"{pair.name}: log-probabilities", pair.reference, "finite numbers")
+        for pair, both in zip(part, logprobs, strict=True):
+            pair.reference = both
 
 
 def add_gradient(model, batch, options):
@@ -108,12 +107,11 @@ def add_gradient(model, batch, options):
     Returns a dict of means over the pairs; accuracy is the share whose chosen output has the higher
     implicit reward, margin the difference of the two rewards.
     """
-    kept = 1 if options.keep_activations is None else options.keep_activations
     for p in model.parameters():
         p.grad_dtype = torch.promote_types(p.dtype, torch.float32)  # the sums' over micro-batches
     records = []
-    for part in lm.fill(batch, map(len, batch), options.micro_batch_tokens or 2048):
-        chosen, rejected = output_logprobs(model, part, kept)  # (B,) each
+    for part in lm.fill(batch, map(len, batch), options.micro_batch_tokens):
+        chosen, rejected = output_logprobs(model, part, options.keep_activations)  # (B,) each
         reference = torch.tensor([pair.reference for pair in part]).to(chosen).T  # (2, B)
         losses, *rewards = dpo_loss(chosen, rejected, *reference, options.beta)
         margins = rewards[0] - rewards[1]
@@ -132,10 +130,10 @@ def add_gradient(model, batch, options):
 def train(model, pairs, options, state=None, log=None, end_of_epoch=None):
     """Trains `model` in place on a list of Pair: one round of DPO, its start the reference.
 
-    state: a folder to save in at each epoch's end and to resume from, to identical bytes (on a GPU
-    with --deterministic); the caller removes it. log(dict) is called after each step and
-    end_of_epoch(epoch, model) after each epoch. A loss that is not finite, or the state of another
-    run, ends in lm.InputError.
+    options are fit_options'. state: a folder to save in at each epoch's end and to resume from, to
+    identical bytes (on a GPU with --deterministic); the caller removes it. log(dict) is called
+    after each step and end_of_epoch(epoch, model) after each epoch. A loss that is not finite, or
+    the state of another run, ends in lm.InputError.
     """
     # Without a scaled loss the small gradients of float16 would be rounded to nothing.
     lm.expect(model.head.dtype != torch.float16, "--dtype", "float16", "bfloat16 or float32")
@@ -153,8 +151,7 @@ def train(model, pairs, options, state=None, log=None, end_of_epoch=None):
             for first in range(0, len(pairs), size):
                 batch = [pairs[i] for i in order[first : first + size]]
                 record = train_step(model, batch, optimizer, total)
-                shown = {name: record[name] for name in ("loss", "accuracy", "margin")}
-                bar.set_postfix(shown, refresh=False)
+                bar.set_postfix(loss=record["loss"], margin=record["margin"], refresh=False)
                 bar.update(len(batch))
                 if log:
                     log({"epoch": epoch, "step": optimizer.steps, **record})
@@ -166,14 +163,13 @@ def train(model, pairs, options, state=None, log=None, end_of_epoch=None):
 
 def train_step(model, batch, optimizer, total):
     """One step on a batch of pairs; returns its record."""
-    options, began = optimizer.options, time.monotonic()
+    options = optimizer.options
     record = add_gradient(model, batch, options)
     norm = optimizer.gradient_norm()
     lm.expect(math.isfinite(norm), f"{batch[0].name} and its batch: gradient norm", norm, "finite")
     lr = learning_rate(optimizer.steps + 1, total, options)
     optimizer.step(lr, min(1.0, options.max_grad_norm / (norm + 1e-6)))  # as clip_grad_norm_
-    speed = sum(map(len, batch)) / (time.monotonic() - began)
-    return {**record, "grad_norm": norm, "lr": lr, "tokens_per_second": speed}
+    return {**record, "grad_norm": norm, "lr": lr}
 
 
 def learning_rate(step, total, options):
@@ -216,8 +212,6 @@ class AdamW:
                     self.state[f"{kind}.{name}"] = view.view(p.shape)
         for name, p in self.parameters.items():
             self.state.setdefault(f"weight.{name}", p.detach()).copy_(p.detach())
-        # So many parameters at a time, each in its own stream: copies overlap with the arithmetic.
-        self.streams = [torch.cuda.Stream() for _ in range(4)] if head.is_cuda else []
 
     def gradient_norm(self):
         """Euclidean norm over all parameters' gradients, in float32."""
@@ -228,35 +222,27 @@ class AdamW:
     def step(self, lr, scale):
         """One update with the gradients times `scale`; each is freed as soon as it is used."""
         self.steps += 1
-        for side in self.streams:
-            side.wait_stream(torch.cuda.current_stream())
-        for i, (name, p) in enumerate(self.parameters.items()):
-            with torch.cuda.stream(self.streams[i % len(self.streams)] if self.streams else None):
-                self.update(name, p, lr, scale)
-        for side in self.streams:
-            side.synchronize()  # the host may read its state, to save it
-
-    def update(self, name, p, lr, scale):
         beta1, beta2 = self.options.adam_beta1, self.options.adam_beta2
-        state = [self.state[f"{kind}.{name}"] for kind in ("mean", "square", "weight")]
-        mean, square, weight = (x.to(p.device, non_blocking=True) for x in state)
-        grad, p.grad = p.grad.mul_(scale), None
-        mean.lerp_(grad, 1 - beta1)
-        square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        if p.ndim > 1:  # norms and biases do not decay, as in Hugging Face's Trainer
-            weight.mul_(1 - lr * self.options.weight_decay)
-        spread = square.sqrt().div_(math.sqrt(1 - beta2**self.steps)).add_(1e-8)
-        weight.addcdiv_(mean, spread, value=-lr / (1 - beta1**self.steps))
-        p.copy_(weight)
-        for kept, moved in zip(state, (mean, square, weight), strict=True):
-            kept.copy_(moved, non_blocking=True)  # nothing where both are one tensor
+        for name, p in self.parameters.items():
+            state = [self.state[f"{kind}.{name}"] for kind in ("mean", "square", "weight")]
+            mean, square, weight = (x.to(p.device) for x in state)
+            grad, p.grad = p.grad.mul_(scale), None
+            mean.lerp_(grad, 1 - beta1)
+            square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+            if p.ndim > 1:  # norms and biases do not decay, as in Hugging Face's Trainer
+                weight.mul_(1 - lr * self.options.weight_decay)
+            spread = square.sqrt().div_(math.sqrt(1 - beta2**self.steps)).add_(1e-8)
+            weight.addcdiv_(mean, spread, value=-lr / (1 - beta1**self.steps))
+            p.copy_(weight)
+            for kept, moved in zip(state, (mean, square, weight), strict=True):
+                kept.copy_(moved)  # nothing where both are one tensor
 
 
 def save_state(folder, optimizer, key):
     """Moments, weights and step as folder/epoch-N, written aside and renamed; older ones go."""
     final = Path(folder, f"epoch-{key['epoch']}")
     with lm.write_whole(final, folder=True) as aside:
-        lm.save_shards(optimizer.state, aside)
+        save_file(optimizer.state, aside / "model.safetensors")
         lm.write_json(aside / "key.json", {**key, "steps": optimizer.steps})
     for path in set(final.parent.glob("epoch-*")) - {final}:
         shutil.rmtree(path)
@@ -293,9 +279,8 @@ def fit_options(model, longest, options):
         whole = replace(tried, micro_batch_tokens=count * size)
         try:
             held = AdamW(model, tried) if tried.optimizer_device == "same" else None
-            # First any pair: in training the sums of gradients are there beside the activations.
-            add_gradient(model, [Pair("", [0], [0], [0], (0.0, 0.0))], whole)
-            add_gradient(model, [pair] * count, whole)
+            # Twice: from the second on, sums of gradients are there beside the activations.
+            add_gradient(model, [pair] * count * 2, whole)
             return tried
         except RuntimeError as error:
             if "memory" not in str(error):
@@ -317,7 +302,8 @@ def place_optimizer(model, options):
         total = torch.cuda.get_device_properties(head.device).total_memory
         if options.optimizer_device == "auto" and needed > 0.85 * total:
             place = "cpu"
-        needed = state if place == "cpu" else 0  # of the host's memory
+        # Of the host's memory: the state, and the weights that a save brings there.
+        needed = state * (place == "cpu") + count * head.itemsize
     free, least = host_memory(), f"{needed / lm.GIB:.1f} GiB or more, or a smaller model"
     lm.expect(needed <= free, "training: free memory", f"{free / lm.GIB:.1f} GiB", least)
     return place

@@ -15,15 +15,12 @@ a file of pairs for dpo.py.
 import argparse
 import math
 import sys
-from collections import Counter
-from dataclasses import dataclass
-from functools import lru_cache
 from itertools import pairwise, permutations
 from os.path import commonprefix
 from pathlib import Path
 
 import model as lm
-from sample import decoder_for, generate
+from sample import generate
 
 import numpy as np
 import torch
@@ -48,7 +45,7 @@ def length_control(scores, lengths, rho):
 
 
 def choose_pair(scores, lengths, finished, rho, reject_failed=True):
-    """(chosen, rejected), the highest and the lowest of K outputs by index; or a str, why no pair.
+    """(chosen, rejected), the highest and the lowest of K outputs by index; None without a pair.
 
     Ranked are the outputs that finished and have a response (their score is not None); a tie goes
     to the first. The others failed; with reject_failed the first of them is the rejected.
@@ -56,16 +53,14 @@ def choose_pair(scores, lengths, finished, rho, reject_failed=True):
     """
     ranked = [i for i, score in enumerate(scores) if score is not None and finished[i]]
     failed = [i for i in range(len(scores)) if i not in ranked and reject_failed]
-    if all(score is None for score in scores):
-        return "no response could be cut"
-    if len(ranked) + bool(ranked and failed) < 2:
-        return "fewer than two finished"
+    if not ranked or len(ranked) + len(failed) < 2:
+        return None
     controlled = length_control([scores[i] for i in ranked], [lengths[i] for i in ranked], rho)
     controlled = np.round(controlled, 12)  # rounding must not make a pair where all are equal
     best, worst = ranked[np.argmax(controlled)], ranked[np.argmin(controlled)]
     if failed:
         return best, failed[0]
-    return (best, worst) if max(controlled) > min(controlled) else "all scores equal"
+    return (best, worst) if max(controlled) > min(controlled) else None
 
 
 def ranking_of(row):
@@ -80,7 +75,7 @@ def build_pairs(rows, rho, reject_failed=True):
     """Yields the pair of each row of scores that gives one; its scores are the judge's own."""
     for row in rows:
         pair = choose_pair(*ranking_of(row), rho, reject_failed)
-        if isinstance(pair, str):
+        if pair is None:
             continue
         made = {k: v for k, v in row.items() if k not in ("outputs", "verdicts", "prompt_text")}
         made["prompt"] = row.get("prompt_text", row["instruction"])
@@ -102,27 +97,26 @@ def pair_statistics(rankings, rho, reject_failed=True):
     Means are over the pairs whose rejected output did not fail; failed: the share of the others.
     """
     found = [choose_pair(*ranking, rho, reject_failed) for ranking in rankings]
-    no_pair, compared = Counter(pair for pair in found if isinstance(pair, str)), []
+    no_pair, compared = found.count(None), []
     for (scores, lengths, finished), pair in zip(rankings, found, strict=True):
-        if not isinstance(pair, str) and scores[pair[1]] is not None and finished[pair[1]]:
+        if pair and scores[pair[1]] is not None and finished[pair[1]]:
             compared.append([of[i] for of in (lengths, scores) for i in pair])
-    pairs = len(found) - no_pair.total()
+    pairs = len(found) - no_pair
     names = ("chosen_tokens", "rejected_tokens", "chosen_score", "rejected_score")
-    means = np.mean(compared or [[0.0] * 4], axis=0).tolist()
-    means = dict(zip(names, means, strict=True))
+    means = dict(zip(names, np.mean(compared or [[0.0] * 4], axis=0).tolist(), strict=True))
     failed = (pairs - len(compared)) / max(pairs, 1)
-    return {"rho": rho, "pairs": pairs, **means, "failed": failed, "no_pair": dict(no_pair)}
+    return {"rho": rho, "pairs": pairs, **means, "failed": failed, "no_pair": no_pair}
 
 
 def write_pairs(scores_path, pairs_path, rho, reject_failed=True):
     """Writes the pairs of a file of scores; returns the pair statistics of the rho taken.
 
-    rho: a number (or its text), or "auto", the authors' rule (draft 3.5): as large as it takes for
-    the chosen responses to be on average no longer than the rejected ones; where none in RHOS does
-    that, the largest. Under `rhos` come the pair statistics of every rho looked at.
+    rho: a number, or "auto", the authors' rule (draft 3.5): as large as it takes for the chosen
+    responses to be on average no longer than the rejected ones; where none in RHOS does that, the
+    largest. Under `rhos` come the pair statistics of every rho looked at.
     """
     rankings = [ranking_of(row) for _, row in read_samples(scores_path, scored=True)]
-    rhos = RHOS if rho == "auto" else [read_rho(rho)]
+    rhos = RHOS if rho == "auto" else [rho]
     table = [pair_statistics(rankings, each, reject_failed) for each in rhos]
     shorter = [made for made in table if made["chosen_tokens"] <= made["rejected_tokens"]]
     taken = shorter[0] if shorter else table[-1]
@@ -166,8 +160,8 @@ class Judge:
 
     group = 64  # instructions judged between two saves
 
-    def __init__(self, model, tokenizer, options):
-        self.model, self.tokenizer, self.options = model, tokenizer, options
+    def __init__(self, model, tokenizer):
+        self.model, self.tokenizer = model, tokenizer
 
     def score(self, instruction, responses):
         """One float a response, higher is better. The responses are texts, without thoughts."""
@@ -177,28 +171,22 @@ class Judge:
         """The ids, a tuple, of (role, text) turns: all that the judge reads before its reply."""
         messages = [{"role": role, "content": text} for role, text in turns]
         ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=reply > 0)
-        room = self.model.config.max_position_embeddings
-        most = f"{room} at most" + (", with --verdict-tokens" if reply else "")
-        lm.expect(len(ids) + reply <= room, "what the judge reads", f"{len(ids)} tokens", most)
+        most = self.model.config.max_position_embeddings - reply
+        lm.expect(len(ids) <= most, "what the judge reads", f"{len(ids)} tokens", f"{most} at most")
         return tuple(ids)
 
 
 class Pointwise(Judge):
     """s(x, y): a reward model reads the chat of an instruction and a response."""
 
-    def __init__(self, *parts):
-        super().__init__(*parts)
-        # An epoch's validation brings most responses of the one before again.
-        self.read = lru_cache(4096)(self.read)
-
     def run(self, items):
         """Judges (instruction, responses) pairs; returns a dict for each: its `scores`."""
-        rows = [self.read(x, tuple(responses)) if responses else [] for x, responses in items]
+        rows = [self.read(x, responses) if responses else [] for x, responses in items]
         return [{"scores": [row[0] for row in own]} for own in rows]
 
     @torch.inference_mode()
     def read(self, instruction, responses):
-        """The head's rows for a tuple of responses. Equal ones are computed once: they tie."""
+        """The head's rows for some responses. Equal ones are computed once: they tie."""
         chats = [self.chat(("user", instruction), ("assistant", text)) for text in responses]
         distinct = list(dict.fromkeys(chats))
         # What all begin with is computed once, up to their last tokens.
@@ -294,7 +282,7 @@ PAIRWISE_USER = (
 class Pairwise(Judge):
     """A language model that compares two responses, every two in both orders."""
 
-    decoder = None  # one for all groups, so that its CUDA graphs are captured once
+    verdict_tokens = 2048  # most of a verdict; ours
 
     def run(self, items):
         """As Pointwise.run, with `scores` (Elo) and `verdicts`, one an ordered pair.
@@ -302,17 +290,13 @@ class Pairwise(Judge):
         A verdict has the indices `a` and `b` of the responses shown as A and B, `verdict` ("A", "B"
         or None) and the judge's `text`, which is greedy.
         """
-        most, prompts = self.options.verdict_tokens, []
+        most, prompts = self.verdict_tokens, []
         for instruction, responses in items:
             for a, b in permutations(responses, 2):
                 user = PAIRWISE_USER.format(input=instruction, response_a=a, response_b=b)
                 prompts.append(self.chat(("system", PAIRWISE_SYSTEM), ("user", user), reply=most))
-        length = max(map(len, prompts), default=0) + most
-        if prompts and (self.decoder is None or self.decoder.length < length):
-            # With room for longer prompts later.
-            self.decoder = decoder_for(self.model, prompts, 256, most + 1024)
-        law = {"temperature": 0, "stop_ids": self.tokenizer.stop_ids, "decoder": self.decoder}
-        completions = generate(self.model, prompts, 1, most, **law)
+        greedy = {"temperature": 0, "stop_ids": self.tokenizer.stop_ids}
+        completions = generate(self.model, prompts, 1, most, **greedy)
         texts = (self.tokenizer.decode(c.ids, skip_special_tokens=True) for (c,) in completions)
         results = []
         for _, responses in items:
@@ -328,33 +312,23 @@ class Pairwise(Judge):
         return results
 
 
-@dataclass
-class Options:
-    """What scores depend on, beside the judge and the samples."""
-
-    verdict_tokens: int = lm.option(2048, "pairwise: most tokens of a verdict; ours", low=1)
-
-
-def load_judge(path, device="cpu", dtype=torch.float32, options=None):
+def load_judge(path, device="cpu", dtype=torch.float32):
     """The judge in a checkpoint folder or hub id, its kind by `architectures` in config.json.
 
     A reward model with one label or ArmoRM is pointwise, any causal language model pairwise.
     """
     device, folder = lm.check_device(device), lm.checkpoint_folder(path)
     config, tokenizer = lm.read_config(folder), lm.load_tokenizer(folder)
-    raw, options = lm.read_json(folder / "config.json"), options or Options()
+    raw = lm.read_json(folder / "config.json")
     kind = (raw.get("architectures") or [None])[0]
     if str(kind).endswith("ForCausalLM"):
-        return Pairwise(lm.load_model(folder, device, dtype), tokenizer, options)
+        return Pairwise(lm.load_model(folder, device, dtype), tokenizer)
     kinds = {"LlamaForRewardModelWithGating": ArmoRM, "LlamaForSequenceClassification": RewardModel}
     known = f"{', '.join(kinds)} or a causal language model"
     lm.expect(kind in kinds, f"{folder}/config.json: architectures", repr(kind), known)
-    if kinds[kind] is RewardModel:
-        labels = raw.get("num_labels", len(raw.get("id2label", "12")))  # 2 where none is given
-        lm.expect(labels == 1, f"{folder}/config.json: labels", labels, "1")
     with torch.device("meta"):
         model = kinds[kind](config, raw)
-    return Pointwise(lm.load_weights(model, folder, device, dtype), tokenizer, options)
+    return Pointwise(lm.load_weights(model, folder, device, dtype), tokenizer)
 
 
 def read_samples(path, scored=False):
@@ -380,7 +354,7 @@ def score_file(judge, samples_path, scores_path, key=None):
         yield from score_rows(judge, part, samples_path)
         bar.update(len(part))
 
-    key = {**vars(judge.options), "samples": lm.hash_of(Path(samples_path)), "judge": key}
+    key = {"samples": lm.hash_of(Path(samples_path)), "judge": key}
     lm.write_groups(scores_path, rows, judge.group, key, score_part, "judging", "instructions")
 
 
@@ -438,33 +412,25 @@ def compare_files(judge, ours_path, theirs_path):
 
 
 RHO_HELP = "weight of length control, paper 2.2, or auto: the authors' rule, draft 3.5"
+PAIRS = "{pairs:,} pairs ({failed:.0%} reject failed), rho {rho:g}; {no_pair} without a pair"
 FAILED_HELP = "reject an output that cannot be cut, draft 2.2, or did not end, ours"
 
 
-def read_rho(text):
-    """--rho as a number, or "auto"."""
-    try:
-        rho = text if text == "auto" else float(text)
-    except ValueError:
-        rho = math.nan
+def number_or_auto(text):
+    """The type of --rho."""
+    rho = text if text == "auto" else float(text)
     lm.expect(rho == "auto" or 0 <= rho <= 10, "--rho", text, "auto, or a number from 0 to 10")
     return rho
 
 
-def describe_pairs(made):
-    """How many pairs, with which rho, and why not more, in a line."""
-    none = "".join(f"; {count} none: {why}" for why, count in made["no_pair"].items())
-    return "{pairs:,} pairs ({failed:.0%} reject failed), rho {rho:g}".format(**made) + none
-
-
 def main():
-    parser = lm.make_parser("Samples in, scores and pairs out.", Options, lm.Device)
+    parser = lm.make_parser("Samples in, scores and pairs out.", lm.Device)
     add = parser.add_argument
     add("--judge", required=True, help="checkpoint folder or hub id")
     add("--samples", required=True, help="file of samples, from sample.py")
     add("--output", help="file of scores to write")
     add("--pairs", help="file of pairs to write; without --output, --samples is a file of scores")
-    add("--rho", type=read_rho, default="0.0", help=RHO_HELP + " (default 0.0)")
+    add("--rho", type=number_or_auto, default="0.0", help=RHO_HELP + " (default 0.0)")
     add("--reject-failed", action=argparse.BooleanOptionalAction, default=True, help=FAILED_HELP)
     add("--against", help="file of samples: print the win rate of --samples' first outputs")
     args = parser.parse_args()
@@ -472,12 +438,9 @@ def main():
     lm.expect(some, "the command", "nothing to do", "--output, --pairs or --against")
     for path in filter(None, (args.output, args.pairs)):
         lm.check_output(path)
-    rows = (row for _, row in read_samples(args.samples))
-    some = any(output["response"] is not None for row in rows for output in row["outputs"])
-    lm.expect(some, args.samples, "no response", "some to judge")
-    options, where = lm.options_of(Options, args), lm.options_of(lm.Device, args)
+    where = lm.options_of(lm.Device, args)
     if args.output or args.against:
-        judge = load_judge(args.judge, where.device, lm.DTYPES[where.dtype], options)
+        judge = load_judge(args.judge, where.device, lm.DTYPES[where.dtype])
     if args.output:
         key = [lm.hash_of(lm.checkpoint_folder(args.judge)), args.dtype]
         score_file(judge, args.samples, args.output, key)
@@ -490,7 +453,7 @@ def main():
         for row in made["rhos"]:  # what length control makes of the pairs
             cells = [f"{name} {x:.5g}" for name, x in row.items() if isinstance(x, int | float)]
             print(", ".join(cells).replace("_", " "))
-        print(describe_pairs(made))
+        print(PAIRS.format(**made))
 
 
 if __name__ == "__main__":

@@ -263,7 +263,8 @@ def plan_slots(model, length, completions, memory=None):
     drawing takes. What is free at the moment is not asked: the same command forms equal batches.
     """
     weight, most = model.head, 256  # ours: beyond it a step costs nearly in proportion to its rows
-    slot_bytes = length * lm.KVCache.bytes_per_token(model.config, weight.dtype)
+    heads = model.config.num_hidden_layers * model.config.num_key_value_heads
+    slot_bytes = 2 * length * heads * model.config.head_dim * weight.itemsize
     room = (4 if memory is None else memory) * lm.GIB
     if memory is None and weight.is_cuda:
         room = 0.9 * torch.cuda.get_device_properties(weight.device).total_memory
@@ -313,8 +314,8 @@ def read_instructions(path):
 
 
 def make_prompts(rows, tokenizer, style, config, path):
-    """(text, ids) of each row's chat, up to the model's turn. path is for errors."""
-    prompts = []
+    """The rows with `prompt_text` and `prompt_ids`, the chat up to the model's turn."""
+    made = []
     for place, row in enumerate(rows, 1):
         messages = [{"role": "user", "content": thought_prompt(row["instruction"], style)}]
         if style == "system":
@@ -324,8 +325,8 @@ def make_prompts(rows, tokenizer, style, config, path):
         lm.expect(there, where, "no system role", "one: --thought system")
         ids = tokenizer.encode(text, add_special_tokens=False)
         room_after(ids, config, f"{path}: the prompt of instruction {place}")
-        prompts.append((text, ids))
-    return prompts
+        made.append({**row, "prompt_text": text, "prompt_ids": ids})
+    return made
 
 
 def sample_file(model, tokenizer, rows, options, path, key, source, label="sampling"):
@@ -333,12 +334,10 @@ def sample_file(model, tokenizer, rows, options, path, key, source, label="sampl
 
     rows: read_instructions' dicts, of the file `source`. key: what else the samples depend on.
     """
-    prompts = make_prompts(rows, tokenizer, options.thought, model.config, source)
+    rows = make_prompts(rows, tokenizer, options.thought, model.config, source)
     K, group = options.num_samples, max(1, options.group // options.num_samples)
-    named = [(i, row, *prompts[i]) for i, row in enumerate(rows)]
-    memory, most = options.cache_memory, min(group, len(rows)) * K
-    decoder = decoder_for(model, [p[1] for p in prompts], most, options.max_new_tokens, memory)
-
+    limits = (min(group, len(rows)) * K, options.max_new_tokens, options.cache_memory)
+    decoder = decoder_for(model, [row["prompt_ids"] for row in rows], *limits)
     tokens, began = 0, time.monotonic()
 
     def sample_part(part, bar):
@@ -351,17 +350,17 @@ def sample_file(model, tokenizer, rows, options, path, key, source, label="sampl
 
         return sample_group(decoder, tokenizer, part, options, on_end)
 
-    key = {**vars(options), **key}
-    lm.write_groups(path, named, group, key, sample_part, label, "outputs", K)
+    items, key = list(enumerate(rows)), {**vars(options), **key}
+    lm.write_groups(path, items, group, key, sample_part, label, "outputs", K)
 
 
 def sample_group(decoder, tokenizer, group, options, on_end=None):
-    """Rows of samples for (index, row, prompt's text, prompt's ids) of some instructions."""
+    """Rows of samples for some (index, row of make_prompts), whose streams the index names."""
     law = (options.max_new_tokens, options.temperature, options.top_p, tokenizer.stop_ids)
 
     def draw_outputs(picked, num_samples, seed, on_end=None):
-        prompts, names = [ids for *_, ids in picked], [index for index, *_ in picked]
-        more = {"names": names, "decoder": decoder, "on_end": on_end}
+        prompts = [row["prompt_ids"] for _, row in picked]
+        more = {"names": [i for i, _ in picked], "decoder": decoder, "on_end": on_end}
         found = generate(decoder.model, prompts, num_samples, *law, seed, **more)
         return [[read_output(c, tokenizer, options.thought) for c in own] for own in found]
 
@@ -374,10 +373,7 @@ def sample_group(decoder, tokenizer, group, options, on_end=None):
             again = draw_outputs([group[i] for i in failed], 1, seed)
             for i, (output,) in zip(failed, again, strict=True):
                 outputs[i][j] = {**output, "tries": attempt}
-    return [
-        {**row, "prompt_text": text, "prompt_ids": ids, "outputs": own}
-        for (_, row, text, ids), own in zip(group, outputs, strict=True)
-    ]
+    return [{**row, "outputs": own} for (_, row), own in zip(group, outputs, strict=True)]
 
 
 def read_output(completion, tokenizer, style):
@@ -457,17 +453,16 @@ def answer(args, options, model, tokenizer):
     typed = (line.rstrip("\n") for line in sys.stdin if line.strip())
     for text in typed if args.instruction is None else [args.instruction]:
         lm.expect(text.strip(), "instruction", repr(text), "a text")
-        row = {"instruction": text}
-        ((prompt, ids),) = make_prompts([row], tokenizer, options.thought, model.config, "terminal")
+        how = (tokenizer, options.thought, model.config, "terminal")
+        (row,) = make_prompts([{"instruction": text}], *how)
         limits = (options.num_samples, options.max_new_tokens, options.cache_memory)
-        decoder = decoder_for(model, [ids], *limits)
-        (row,) = sample_group(decoder, tokenizer, [(0, row, prompt, ids)], options)
+        decoder = decoder_for(model, [row["prompt_ids"]], *limits)
+        (row,) = sample_group(decoder, tokenizer, [(0, row)], options)
         for output in row["outputs"]:
             cut = output["response"] is not None
             if args.show_thought:
                 print(f"{dim}{output['thought'] if cut else output['text']}{plain}")
-            hint = "" if args.show_thought else "; --show-thought shows the output whole"
-            print(output["response"] if cut else f"no response could be cut{hint}", flush=True)
+            print(output["response"] if cut else "no response could be cut; see --show-thought")
 
 
 if __name__ == "__main__":

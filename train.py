@@ -16,13 +16,9 @@ pairs.jsonl and checkpoint/. The same command resumes it.
 import fcntl
 import gc
 import re
-import shlex
 import shutil
 import sys
-import textwrap
-import time
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import dpo
@@ -39,8 +35,7 @@ def tpo(run, rows, held_out):
     n, last = run.options.prompts_per_iteration, run.options.iterations
     for t in range(1, last + 1):
         if not run.logged("validation", t):
-            say(f"iteration {t} of {last}{time_left(run, t)}")
-        run.began = time.monotonic()
+            print(f"iteration {t} of {last}")
         sample_outputs(run, t, rows[(t - 1) * n : t * n])  # 1. ask for a thought, 2. sample
         judge_outputs(run, t)  # 3. judge the responses, 4. control the length, 5. build the pairs
         train_policy(run, t)  # 6. train with DPO
@@ -53,9 +48,9 @@ def sample_outputs(run, t, rows):
     """K outputs of M_(t-1) for each fresh instruction."""
     if run.logged("sample", t):
         return
-    model, path = run.load(run.policy_folder(t - 1)), run.file(t, "samples.jsonl")
+    policy, path = run.policy_folder(t - 1), run.file(t, "samples.jsonl")
     # No second try: what cannot be cut is to be rejected.
-    write_samples(run, model, rows, path, "sampling", f"iteration-{t}", resample=0)
+    write_samples(run, policy, rows, path, "sampling", f"iteration-{t}", resample=0)
     outputs = [output for row in read(path) for output in row["outputs"]]
     tokens = sum(len(output["ids"]) for output in outputs)
     unparsed = mean([output["response"] is None for output in outputs])
@@ -71,7 +66,8 @@ def judge_outputs(run, t):
     scores, pairs = run.file(t, "scores.jsonl"), run.file(t, "pairs.jsonl")
     judging.score_file(run.load(), run.file(t, "samples.jsonl"), scores)
     made = judging.write_pairs(scores, pairs, run.options.rho, run.options.reject_failed)
-    run.finish({"stage": "judge", "iteration": t, **made}, "judging", judging.describe_pairs(made))
+    text = judging.PAIRS.format(**made)
+    run.finish({"stage": "judge", "iteration": t, **made}, "judging", text)
 
 
 def train_policy(run, t):
@@ -103,9 +99,8 @@ def select_epoch(run, t, held_out):
         epochs = range(1, run.dpo.epochs + 1)
         paths = {epoch: folder / f"epoch-{epoch}" / "validation.jsonl" for epoch in epochs}
         for epoch, path in paths.items():
-            model, label = run.load(path.with_name("checkpoint")), f"validation, epoch {epoch}"
-            write_samples(run, model, held_out, path, label, "validation", num_samples=1)
-            del model
+            policy, label = path.with_name("checkpoint"), f"validation, epoch {epoch}"
+            write_samples(run, policy, held_out, path, label, "validation", num_samples=1)
         judge = run.load()
         for epoch, path in paths.items():
             row = validate(run, judge, path, t, run.sampling.thought)
@@ -122,8 +117,7 @@ def select_epoch(run, t, held_out):
     for path in [*folder.glob("epoch-*"), folder / "state"]:
         shutil.rmtree(path, ignore_errors=True)
     if not done:
-        _, pays = before_and_after(run, 1)  # so that every iteration shows the same
-        say(example(run, t, pays[0], begin=t == 1))
+        print(example(run, t))
 
 
 def validate_seed(run, held_out):
@@ -135,67 +129,54 @@ def validate_seed(run, held_out):
     styles = (run.sampling.thought, "none")
     paths = {style: run.file(0, f"validation-{style}.jsonl") for style in styles}
     if len(run.logged("validation", 0)) < len(paths):
-        model = run.load(run.seed)
         if not run.logged("plan", 0):
-            fitted = dpo.fit_options(model, run.longest_pair, run.dpo)
+            fitted = dpo.fit_options(run.load(run.seed), run.longest_pair, run.dpo)
             run.log({"stage": "plan", "iteration": 0, "dpo": asdict(fitted)})
         for style, path in paths.items():
             changes = {"thought": style, "num_samples": 1}
-            write_samples(run, model, held_out, path, f"seed, {style}", "validation", **changes)
-            check_format(path)
-        del model
+            write_samples(run, run.seed, held_out, path, f"seed, {style}", "validation", **changes)
         judge = run.load()
         for style, path in reversed(paths.items()):
             row = validate(run, judge, path, 0, style)
+            hint = "another --thought, more --max-new-tokens, or a seed that follows instructions"
+            lm.expect(row["unparsed_left"] < 1, path, "no output that can be cut", f"some: {hint}")
             run.log({"stage": "validation", **row}, "thought")
-            say(f"seed, {'directly' if style == 'none' else 'to think'}: {figures(row)}")
+            print(f"seed, {'directly' if style == 'none' else 'to think'}: {figures(row)}")
+        print(example(run, 0))
     run.dpo = dpo.Options(**run.logged("plan", 0)[0]["dpo"])
 
 
-def check_format(path):
-    """Stops early where the seed does not follow the thought prompt, as no pair could be made."""
-    cut = mean([row["outputs"][0]["response"] is not None for row in read(path)])
-    hint = "some: another --thought, a larger --max-new-tokens or a seed that follows instructions"
-    lm.expect(cut > 0, path, "no output that can be cut", hint)
-    if cut < 0.5:
-        say(f"only {cut:.1%} of the seed's outputs can be cut: try another --thought")
-
-
-def write_samples(run, model, rows, path, label, name, **changes):
+def write_samples(run, policy, rows, path, label, name, **changes):
     """Samples `rows` into a file, with changed options; `name` names the random streams."""
     options = replace(run.sampling, seed=f"{run.sampling.seed}/{name}", **changes)
-    sample.sample_file(model, lm.load_tokenizer(run.seed), rows, options, path, {}, name, label)
+    both = (run.load(policy), lm.load_tokenizer(run.seed))
+    sample.sample_file(*both, rows, options, path, {}, name, label)
 
 
 def validate(run, judge, path, t, style):
     """The figures of one file of validation samples, as log.jsonl holds them."""
-    judged, scores = path, path.with_name(path.stem + "-scores.jsonl")
-    pairwise = isinstance(judge, judging.Pairwise)
-    if pairwise:  # it compares ours with the seed's direct output, which is put behind it
-        judged = path.with_name(path.stem + "-and-seed.jsonl")
-        both = zip(read(path), read(run.file(0, "validation-none.jsonl")), strict=True)
-        lm.write_jsonl(judged, ({**a, "outputs": a["outputs"] + b["outputs"]} for a, b in both))
+    judged, scores = (path.with_name(f"{path.stem}-{name}.jsonl") for name in ("judged", "scores"))
+    # The seed's direct output is judged beside ours, so that a pairwise judge can compare them.
+    both = zip(read(path), read(run.file(0, "validation-none.jsonl")), strict=True)
+    lm.write_jsonl(judged, ({**a, "outputs": a["outputs"] + b["outputs"]} for a, b in both))
     judging.score_file(judge, judged, scores)
-    ours = read(scores)
-    theirs = ours if pairwise else read(run.file(0, "validation-none-scores.jsonl"))
-    # The seed's output is the last of its row: the only one, or the one behind ours.
-    compared = [(a, b["outputs"][-1]["score"]) for a, b in zip(ours, theirs, strict=True)]
+    rows = read(scores)
     by_category = {
-        name: measure([pair for pair in compared if pair[0].get("category") == name])
-        for name in sorted({row["category"] for row in ours if "category" in row})
+        name: measure([row for row in rows if row.get("category") == name])
+        for name in sorted({row["category"] for row in rows if "category" in row})
     }
-    return {"iteration": t, "thought": style, **measure(compared), "by_category": by_category}
+    return {"iteration": t, "thought": style, **measure(rows), "by_category": by_category}
 
 
 def read(path):
     return [row for _, row in lm.read_jsonl(path)]
 
 
-def measure(compared):
-    """Figures of (row, score of the seed's direct response) pairs; a row's first output counts."""
-    rows, theirs = zip(*compared, strict=True)
+def measure(rows):
+    """Figures of rows of scores: of each first output, beside the second, the seed's."""
     outputs = [row["outputs"][0] for row in rows]
-    rate, *interval = judging.win_rate([output["score"] for output in outputs], theirs)
+    scores = ([row["outputs"][i]["score"] for row in rows] for i in (0, 1))
+    rate, *interval = judging.win_rate(*scores)
     right = [is_right(row) for row in rows if "answer" in row]
     cut = [output for output in outputs if output["response"] is not None]
     return {
@@ -245,19 +226,6 @@ def final_answer(text):
     return " ".join(text.casefold().split()).strip(" :.")
 
 
-say = partial(print, flush=True)  # into a pipe too
-
-
-def time_left(run, t):
-    """As in ", about 40 s left in all", by the iterations before t; empty at the first."""
-    if t == 1:
-        return ""
-    spent = sum(row.get("seconds", 0) for row in run.log_rows)
-    left = spent / (t - 1) * (run.options.iterations + 1 - t)
-    size, unit = (1, "s") if left < 100 else (60, "min") if left < 6000 else (3600, "h")
-    return f", about {left / size:.0f} {unit} left in all"
-
-
 def figures(row):
     """As in "exact match 70.2%, win rate 50.0%"; without answers the win rate alone."""
     names = [key for key in ("exact_match", "win_rate") if row[key] is not None]
@@ -297,47 +265,27 @@ def aligned(table):
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in table)
 
 
-def before_and_after(run, t):
-    """(the seed's row, M_t's row) of each held-out instruction, both asked as M_t is.
-
-    And the places of the rows that were wrong and are right; all where there is none.
-    """
-    seed = run.file(0, f"validation-{run.sampling.thought}-scores.jsonl")
-    rows = list(zip(read(seed), read(run.file(t, "validation-scores.jsonl")), strict=True))
-    pays = [i for i, (seed, row) in enumerate(rows) if is_right(row) and not is_right(seed)]
-    return rows, pays or range(len(rows))
-
-
-def example(run, t, i, begin=True):
-    """How M_t answers held-out row i, its thought dimmed; to begin, what was asked and the seed."""
-    before, after = before_and_after(run, t)[0][i]
-    lines = [f"    {one_line(before['instruction'], 4)}"] if begin else []
+def example(run, t):
+    """How M_t answers the first held-out instruction that the seed got wrong; thought dimmed."""
+    seed = read(run.file(0, f"validation-{run.sampling.thought}-scores.jsonl"))
+    i = next((i for i, row in enumerate(seed) if not is_right(row)), 0)
+    row = read(run.file(t, "validation-scores.jsonl"))[i] if t else seed[i]
+    asked = "" if t else f"    {one_line(row['instruction'])}\n"
+    name = f"iteration {t}" if t else "seed"
+    name += (", right" if is_right(row) else ", wrong") if "answer" in row else ""
+    output = row["outputs"][0]
+    thought = output["text"] if output["response"] is None else output["thought"]
+    thought, response = (one_line(text or "") for text in (thought, output["response"]))
     dim, plain = ("\033[2m", "\033[0m") if sys.stdout.isatty() else ("", "")
-    for name, row in (("seed", before), (f"iteration {t}", after))[0 if begin else 1 :]:
-        output = row["outputs"][0]
-        name += (", right" if is_right(row) else ", wrong") if "answer" in row else ""
-        thought = output["text"] if output["response"] is None else output["thought"]
-        thought, response = (one_line(text or "", 24) for text in (thought, output["response"]))
-        texts = filter(None, (thought and f"{dim}{thought}{plain}", response))
-        lines.append((f"    {name:20}" + f"\n{'':24}".join(texts)).rstrip())
-    return "\n".join(lines)
+    texts = filter(None, (thought and f"{dim}{thought}{plain}", response))
+    return asked + (f"    {name:20}" + f"\n{'':24}".join(texts)).rstrip()
 
 
-def one_line(text, indent):
+def one_line(text):
     """A text as a line of the terminal, without the control characters that a model may write."""
-    width = shutil.get_terminal_size().columns - indent
+    width = shutil.get_terminal_size().columns - 24
     text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return text if len(text) <= width else text[: width - 4].rstrip() + " ..."
-
-
-def ending(run):
-    """Before and after on two more instructions, the table, and what to do next."""
-    last, other = run.options.iterations, "none" if run.sampling.thought != "none" else "specific"
-    say("\n".join(example(run, last, i) for i in before_and_after(run, last)[1][-2:]))
-    say(f"\n{report(run.log_rows)}")
-    say(f"python sample.py --model {run.policy_folder(last)} --show-thought")
-    say(shlex.join(["python", *sys.argv, "--thought", other, "--output", f"runs/{other}"]))
-    say(f"python train.py --report {run.folder} runs/{other}")
 
 
 class Run:
@@ -346,8 +294,7 @@ class Run:
     def __init__(self, args):
         self.args = args
         parts = (lm.options_of(part, args) for part in ALL_OPTIONS)
-        self.options, self.sampling, self.judging, self.dpo, self.device = parts
-        judging.read_rho(self.options.rho)
+        self.options, self.sampling, self.dpo, self.device = parts
         for name in PATHS:
             lm.expect(getattr(args, name) is not None, f"--{name}", "none", "a path")
         self.folder = Path(self.options.output or f"runs/{self.sampling.thought}")
@@ -370,7 +317,7 @@ class Run:
         torch.cuda.empty_cache()
         where = (self.device.device, lm.DTYPES[self.device.dtype])
         if policy is None:
-            return judging.load_judge(self.judge, *where, self.judging)
+            return judging.load_judge(self.judge, *where)
         return lm.load_model(policy, *where)
 
     def log(self, row, *keys):
@@ -381,12 +328,9 @@ class Run:
         lm.write_jsonl(self.folder / "log.jsonl", self.log_rows)
 
     def finish(self, row, name, text):
-        """Logs the end of a stage with its seconds since the last one, and says it."""
-        now = time.monotonic()
-        self.log({**row, "seconds": now - self.began})
-        self.began = now
-        width = shutil.get_terminal_size().columns
-        say(textwrap.fill(f"  {name:12}{text}", width, subsequent_indent=14 * " "))
+        """Logs the end of a stage and says it."""
+        self.log(row)
+        print(f"  {name:12}{text}")
 
     def logged(self, stage, t):
         """The log's rows of a stage of iteration t."""
@@ -402,8 +346,8 @@ def begin(run):
     except OSError:
         raise lm.InputError(f"{run.folder}: another process is at work on this run") from None
     options, file = run.options, run.options.instructions
-    rows = {row["instruction"]: row for row in reversed(sample.read_instructions(file))}
-    rows = list(reversed(rows.values()))  # no instruction is used twice (3.1)
+    rows = {row["instruction"]: row for row in sample.read_instructions(file)}
+    rows = list(rows.values())  # no instruction is used twice (3.1)
     held_out = sample.read_instructions(options.validation)
     wanted = options.iterations * options.prompts_per_iteration
     lm.expect(len(rows) >= wanted, file, f"{len(rows)} different instructions", f"{wanted} in all")
@@ -426,7 +370,7 @@ def begin(run):
     prompts = []
     for path, part in ((file, rows), (options.validation, held_out)):
         prompts += sample.make_prompts(part, tokenizer, run.sampling.thought, config, path)
-    longest = max((ids for _, ids in prompts), key=len)
+    longest = max((row["prompt_ids"] for row in prompts), key=len)
     output = [0] * min(run.sampling.max_new_tokens, config.max_position_embeddings - len(longest))
     run.longest_pair = dpo.Pair("the longest possible pair", longest, output, output)
     order = lm.stream(run.sampling.seed, "instructions").permutation(len(rows))
@@ -444,14 +388,14 @@ class Options:
     output: str = lm.option(None, "the run's folder; ours: runs/ and the thought's style")
     iterations: int = lm.option(4, "rounds of sampling and DPO; paper: up to 4", low=1)
     prompts_per_iteration: int = lm.option(5000, "fresh instructions; paper 3.1", low=1)
-    rho: str = lm.option("auto", judging.RHO_HELP)
+    rho: judging.number_or_auto = lm.option("auto", judging.RHO_HELP)
     reject_failed: bool = lm.option(True, judging.FAILED_HELP)
     select: str = lm.option("best", "kept epoch; paper 3.1: the best", choices=("best", "last"))
     keep: str = lm.option("all", "checkpoints to keep; ours", choices=("all", "last"))
 
 
 PATHS = ("model", "judge", "instructions", "validation")
-ALL_OPTIONS = (Options, sample.Options, judging.Options, dpo.Options, lm.Device)
+ALL_OPTIONS = (Options, sample.Options, dpo.Options, lm.Device)
 
 
 def read_recipe(path, names):
@@ -475,7 +419,7 @@ def main():
     args = parser.parse_args()
     if args.report:
         for folder in args.report:
-            say(f"{folder}\n\n{report(read(Path(folder) / 'log.jsonl'), by_category=True)}\n")
+            print(f"{folder}\n\n{report(read(Path(folder) / 'log.jsonl'), by_category=True)}\n")
         return
     if not (args.recipe or args.model):
         args.recipe = Path(__file__).parent / "tests" / "toy" / "recipe.json"
@@ -484,11 +428,12 @@ def main():
     run = Run(args)
     rows, held_out = begin(run)
     options, n = run.options, run.options.prompts_per_iteration
-    what = f"{options.iterations} iterations on {run.device.device}"
-    say(f"{what}: K = {run.sampling.num_samples} outputs to {n:,} instructions, a judge, then DPO")
-    say(f"seed {options.model}\njudge {options.judge}\nrun {run.folder}")
+    what = f"{options.iterations} iterations on {run.device.device}: K = {run.sampling.num_samples}"
+    print(f"{what} outputs to {n:,} instructions, a judge, then DPO")
+    print(f"seed {options.model}\njudge {options.judge}\nrun {run.folder}")
     tpo(run, rows, held_out)
-    ending(run)
+    print(f"\n{report(run.log_rows)}")
+    print(f"python sample.py --model {run.policy_folder(options.iterations)} --show-thought")
 
 
 if __name__ == "__main__":

@@ -61,6 +61,11 @@ def pytest_configure(config):
     )
 
 
+def cache_bytes_per_token(config, dtype):
+    heads = config.num_hidden_layers * config.num_key_value_heads
+    return 2 * heads * config.head_dim * dtype.itemsize
+
+
 def tensor_shapes(config):
     """Name and shape of every tensor that transformers expects of this config."""
     hidden, wide = config["hidden_size"], config["intermediate_size"]

@@ -11,7 +11,6 @@ import sys
 from itertools import permutations
 
 import judge as judging
-import sample
 from model import InputError
 from sample import Completion
 
@@ -39,7 +38,12 @@ def folders(tmp_path_factory):
 
 @pytest.fixture
 def pairwise(folders):
-    return judging.load_judge(folders["pairwise"], options=judging.Options(verdict_tokens=4))
+    return with_short_verdicts(judging.load_judge(folders["pairwise"]))
+
+
+def with_short_verdicts(judge, tokens=4):
+    judge.verdict_tokens = tokens
+    return judge
 
 
 # Scores
@@ -158,9 +162,6 @@ ONE_LABEL = {"architectures": ["LlamaForSequenceClassification"], "num_labels": 
         ("one label", {"architectures": ["LlamaForTokenClassification"]}, "found 'LlamaForToken"),
         ("one label", {"architectures": None}, "found None"),
         ("one label", {"architectures": ["MistralForSequenceClassification"]}, "found 'Mistral"),
-        ("one label", {"id2label": {"0": "a", "1": "b"}}, "labels: found 2, expected 1"),
-        ("one label", {"id2label": None}, "labels: found 2, expected 1"),
-        ("one label", {"num_labels": 3}, "labels: found 3, expected 1"),
         ("ArmoRM", {"gating_n_hidden": 1}, r"gating\.layers\.1"),
         ("ArmoRM", {"num_objectives": 4}, r"shape .*\[5.*\[4"),
         ("ArmoRM", {"architectures": ["LlamaForCausalLM"]}, "regression_layer.weight"),
@@ -173,9 +174,13 @@ def test_other_judges_are_refused_by_name(folders, tmp_path, base, changes, mess
         judging.load_judge(folder)
 
 
-def test_one_label_by_its_number_alone(folders, tmp_path):
-    folder = change(folders["one label"], tmp_path / "judge", id2label=None, num_labels=1)
-    assert isinstance(judging.load_judge(folder).model, judging.RewardModel)
+def test_a_judge_with_two_labels_is_refused(folders, tmp_path):
+    folder = change(folders["one label"], tmp_path / "judge")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["score.weight"] = tensors["score.weight"].repeat(2, 1)
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(InputError, match=r"(?s)size mismatch for score\.weight: .*\[2, .*\[1, "):
+        judging.load_judge(folder)
 
 
 def test_scores_that_are_not_finite_are_refused_by_line(folders, tmp_path):
@@ -233,8 +238,7 @@ def read_rows(path):
 
 @pytest.mark.parametrize("name", [*CONFIGS, "pairwise"])
 def test_no_thought_reaches_a_judge(folders, tmp_path, monkeypatch, name):
-    options = judging.Options(verdict_tokens=4)
-    judge, read = judging.load_judge(folders[name], options=options), []
+    judge, read = with_short_verdicts(judging.load_judge(folders[name])), []
     forward = judge.model.model.forward
 
     def spy(tokens, *args, **kwargs):
@@ -351,18 +355,14 @@ def test_verdicts_are_kept_with_the_outputs_places(pairwise, monkeypatch, tmp_pa
     assert [output["score"] for output in second["outputs"]] == [None, None]
 
 
-def test_a_language_model_judges_the_same_again_in_one_decoder(folders, tmp_path, monkeypatch):
-    made, Decoder = [], sample.Decoder
-    monkeypatch.setattr(sample, "Decoder", lambda *args: made.append(args) or Decoder(*args))
+def test_a_language_model_judges_the_same_again(folders, tmp_path):
     animals = ["An okapi.", "A heron.", "A newt."]
     rows = [sample_row("Name one." + "." * i, animals[: 2 + i % 2]) for i in (0, 90, 1, 40, 0)]
     samples = write_rows(tmp_path / "samples.jsonl", rows)
-    options = judging.Options(verdict_tokens=5)
     for name in ("a", "b"):
-        judge = judging.load_judge(folders["pairwise"], options=options)
+        judge = with_short_verdicts(judging.load_judge(folders["pairwise"]))
         judge.group = 2
         judging.score_file(judge, samples, tmp_path / name)
-    assert len(made) == 2  # one a judge, for three groups each
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     first, *_, last = ([v["text"] for v in row["verdicts"]] for row in read_rows(tmp_path / "a"))
     assert len(first) == 2
@@ -370,8 +370,8 @@ def test_a_language_model_judges_the_same_again_in_one_decoder(folders, tmp_path
 
 
 def test_a_pairwise_prompt_leaves_room_for_the_verdict(folders):
-    judge = judging.load_judge(folders["pairwise"], options=judging.Options(verdict_tokens=3000))
-    with pytest.raises(InputError, match=r"found \d+ tokens, expected 4096 .*--verdict-tokens"):
+    judge = with_short_verdicts(judging.load_judge(folders["pairwise"]), 3000)
+    with pytest.raises(InputError, match=r"found \d+ tokens, expected 1096 at most"):
         judge.score("Which?", ["a", "b"])
 
 
@@ -466,9 +466,6 @@ def test_length_control_of_equal_values_is_zero_never_nan():
     assert control([4.0], [9], 0.5) == [0]
 
 
-FEW, EQUAL, UNCUT = "fewer than two finished", "all scores equal", "no response could be cut"
-
-
 @pytest.mark.parametrize(
     ("scores", "lengths", "unfinished", "rho", "expected"),
     [
@@ -476,19 +473,19 @@ FEW, EQUAL, UNCUT = "fewer than two finished", "all scores equal", "no response 
         ([2.0, 5.0, 2.0, 5.0], [0, 1, 2, 3], (), 0.0, (1, 0)),  # ties go to the first
         ([1.0, 2.0, 1.5], [10, 100, 10], (), 1.0, (2, 0)),  # shorter wins
         ([3.0, 3.0, 3.0], [5, 9, 7], (), 0.5, (0, 1)),
-        ([3.0, 3.0, 3.0], [5, 9, 7], (), 0.0, EQUAL),
-        ([0.3, 0.7, 0.1], [30, 70, 10], (), 1.0, EQUAL),  # all 0, up to rounding
-        ([3.0], [1], (), 0.0, FEW),
-        ([None, None], [0, 0], (), 0.0, UNCUT),
-        ([], [], (), 0.0, UNCUT),
+        ([3.0, 3.0, 3.0], [5, 9, 7], (), 0.0, None),
+        ([0.3, 0.7, 0.1], [30, 70, 10], (), 1.0, None),  # all 0, up to rounding
+        ([3.0], [1], (), 0.0, None),
+        ([None, None], [0, 0], (), 0.0, None),
+        ([], [], (), 0.0, None),
         ([1.0, None, 2.0], [4, 0, 6], (), 0.0, (2, 1)),  # what cannot be cut is rejected
         ([1.0, None, 2.0], [4, 0, 6], (), 9.0, (0, 1)),
         ([3.0, None, None], [1, 0, 0], (), 0.0, (0, 1)),  # one that finished, one that failed
         ([3.0, 9.0], [1, 1], (1,), 0.0, (0, 1)),  # what ran into the limit has failed
         ([9.0, 1.0, -9.0, None, 2.0], [1] * 5, (0, 2), 0.0, (4, 0)),  # the first that failed
         ([None, 1.0, 1.0], [0, 1, 1], (), 0.0, (1, 0)),
-        ([9.0, 8.0], [1, 1], (0, 1), 0.0, FEW),  # nothing to choose
-        ([None, 8.0], [0, 1], (1,), 0.0, FEW),
+        ([9.0, 8.0], [1, 1], (0, 1), 0.0, None),  # nothing to choose
+        ([None, 8.0], [0, 1], (1,), 0.0, None),
     ],
 )
 def test_the_pair(scores, lengths, unfinished, rho, expected):
@@ -501,10 +498,10 @@ def test_the_pair(scores, lengths, unfinished, rho, expected):
     [
         ([1.0, None, 2.0], (), (2, 0)),
         ([9.0, 1.0, -9.0, None, 2.0], (0, 2), (4, 1)),
-        ([3.0, None, None], (), FEW),
-        ([3.0, 9.0], (1,), FEW),
-        ([None, 1.0, 1.0], (), EQUAL),
-        ([None, None], (), UNCUT),
+        ([3.0, None, None], (), None),
+        ([3.0, 9.0], (1,), None),
+        ([None, 1.0, 1.0], (), None),
+        ([None, None], (), None),
     ],
 )
 def test_the_pair_without_the_outputs_that_failed(scores, unfinished, expected):
@@ -573,10 +570,10 @@ def test_pair_statistics():
         "chosen_score": 4,
         "rejected_score": 2.5,
         "failed": 0.5,
-        "no_pair": {EQUAL: 1, UNCUT: 1, FEW: 1},
+        "no_pair": 3,
     }
     kept = judging.pair_statistics(rankings, 0.0, reject_failed=False)
-    assert (kept["pairs"], kept["failed"], kept["no_pair"][FEW]) == (2, 0, 3)
+    assert (kept["pairs"], kept["failed"], kept["no_pair"]) == (2, 0, 5)
     none = judging.pair_statistics(rankings[-1:], 0.0)
     assert (none["pairs"], none["failed"]) == (0, 0)
 
@@ -638,7 +635,7 @@ def test_pairs_are_written_with_the_rho_asked_for(tmp_path):
     rows = [row_of_ranking(ranking) for ranking in draw_rankings(0.4)]
     scores = write_rows(tmp_path / "scores", rows)
     rankings = [judging.ranking_of(row) for row in rows]
-    for rho in ("auto", "0.25", 0.25):
+    for rho in ("auto", 0.25):
         found = judging.write_pairs(scores, tmp_path / "pairs", rho)
         table = found.pop("rhos")
         assert found == judging.pair_statistics(rankings, found["rho"])
@@ -659,7 +656,7 @@ class Lengths:
     group = 3
 
     def __init__(self, stop_at=None):
-        self.sizes, self.options, self.stop_at = [], judging.Options(), stop_at
+        self.sizes, self.stop_at = [], stop_at
 
     def run(self, items):
         if self.stop_at is not None and len(self.sizes) == self.stop_at:
@@ -722,7 +719,7 @@ def test_command_line_scores_and_pairs(run_judge, folders, tmp_path):
     scores, pairs = tmp_path / "scores.jsonl", tmp_path / "pairs.jsonl"
     base = ("--judge", folders["ArmoRM"], "--samples")
     out = run_judge(*base, samples, "--output", scores, "--pairs", pairs, "--rho", "auto")
-    assert "4 pairs" in out and f"1 none: {FEW}" in out
+    assert "4 pairs" in out and "1 without a pair" in out
     found = read_rows(scores)
     for row, before, theirs in zip(found, rows, THEIRS["ArmoRM"], strict=True):
         assert [output.pop("score") for output in row["outputs"]] == pytest.approx(
@@ -742,13 +739,10 @@ REFUSED = {  # words of the command line, with {} the test's folder: the message
     "": "found nothing to do",
     "--output {}/a --rho nan": "--rho: found nan",
     "--output {}/a --rho -1": "--rho: found -1",
-    "--output {}/a --rho some": "--rho: found some",
-    "--output {}/a --verdict-tokens 0": "--verdict-tokens: found 0",
+    "--output {}/a --rho some": "--rho: invalid number_or_auto value: 'some'",
     "--output {}/a --device tpu9": "--device tpu9",
     "--output {}/a --dtype int8": "--dtype",
     "--output {}/a --samples {}/none": "none",
-    "--output {}/a --samples {}/empty": "empty: found no response, expected some to judge",
-    "--output {}/a --samples {}/uncut": "uncut: found no response, expected some to judge",
     "--output {}/a --judge {}": "config.json",
     "--pairs {}/a": r"samples:1: outputs\[0\]: found no \['score'\]",
     "--against {}/long --samples {}/long": r"long:1.* what the judge reads: .* 2048 at most",
@@ -758,8 +752,6 @@ REFUSED = {  # words of the command line, with {} the test's folder: the message
 @pytest.mark.parametrize("line", REFUSED)
 def test_commands_refused(run_judge, folders, tmp_path, line):
     samples = write_rows(tmp_path / "samples", [sample_row("x", ["a", "b"])])
-    write_rows(tmp_path / "empty", [])
-    write_rows(tmp_path / "uncut", [sample_row("x", [None, None])] * 2)
     write_rows(tmp_path / "long", [sample_row("Hi", [words(2500, 5)])])
     write_rows(tmp_path / "scores", [])
     before = sorted(tmp_path.iterdir())
@@ -830,10 +822,8 @@ def test_judging_goes_on_after_the_last_whole_group(tmp_path):
     (partial,) = tmp_path.glob("scores.jsonl.*.partial")
     with open(partial, "ab") as file:  # of a kill in the midst of a group
         file.write(b'{"instruction": "x6"}\n{"instr')
-    with pytest.raises(KeyboardInterrupt):  # other options do not take these rows
-        other = Lengths(stop_at=0)
-        other.options.verdict_tokens = 1
-        judging.score_file(other, samples, scores)
+    with pytest.raises(KeyboardInterrupt):  # another judge does not take these rows
+        judging.score_file(Lengths(stop_at=0), samples, scores, key="another")
     judging.score_file(judge, samples, scores)
     assert judge.sizes == [3, 1]
     assert scores.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()

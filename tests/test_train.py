@@ -20,6 +20,7 @@ import sys
 import time
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import dpo
@@ -140,9 +141,7 @@ def test_the_judges_row_is_what_the_files_say(finished):
             lengths = [pair[i]["response_tokens"] for pair in good]
             mean = sum(lengths) / len(good) if good else 0
             assert (row[f"{side}_tokens"] or 0) == pytest.approx(mean)
-        assert sum(row["no_pair"].values()) == len(scores) - len(pairs)
-        nothing = sum(all(o["response"] is None for o in r["outputs"]) for r in scores)
-        assert row["no_pair"].get("no response could be cut", 0) == nothing
+        assert row["no_pair"] == len(scores) - len(pairs)
         assert [entry["rho"] for entry in row["rhos"]] == judging.RHOS
         short = [
             entry["rho"]
@@ -277,15 +276,6 @@ def test_a_seed_of_which_nothing_can_be_cut_stops_before_training(stopped):
     assert not list(folder.glob("iteration-[1-9]*"))
 
 
-def test_with_fewer_than_half_cut_a_run_says_so_and_goes_on(tmp_path, capsys):
-    for cut, said in ((1, "25.0%"), (2, "")):
-        outputs = [{"response": "y" if i < cut else None} for i in range(4)]
-        lm.write_jsonl(tmp_path / "samples.jsonl", [{"outputs": [output]} for output in outputs])
-        train.check_format(tmp_path / "samples.jsonl")
-        text = capsys.readouterr().out
-        assert said in text and bool(said) == bool(text)
-
-
 def test_first_tries_and_what_is_left_are_counted(finished, world, tmp_path):
     """unparsed is of the first tries; unparsed_left is after --resample more."""
     for row in rows_of(finished[0], "validation"):
@@ -325,7 +315,7 @@ def test_the_lines_of_a_run_are_few_and_no_wider_than_a_terminal(finished, world
     assert len(lines) + 2 < 60  # with a warning of the judge now and then
     # A folder of a test has a name that no terminal holds.
     ours = [line for line in lines if str(finished[0]) not in line and str(world) not in line]
-    assert len(ours) == len(lines) - 6 and max(map(len, ours)) <= 80
+    assert len(ours) == len(lines) - 4 and max(map(len, ours)) <= 80
     assert "4 iterations on cpu: K = 4 outputs to 10 instructions" in lines[0]
     for name in ("seed", "judge", "run"):
         assert any(line.startswith(f"{name} ") for line in lines[1:4])
@@ -337,32 +327,28 @@ def test_the_lines_of_a_run_are_few_and_no_wider_than_a_terminal(finished, world
         assert f"), win rate {row['win_rate']:.1%} (" in line
     for t in range(1, 5):
         assert any(line.startswith(f"iteration {t} of 4") for line in lines)
-        assert sum(line.startswith(f"    iteration {t}, ") for line in lines) == 1 + 2 * (t == 4)
+        assert sum(line.startswith(f"    iteration {t}, ") for line in lines) == 1
     for name in ("seed, directly ", "seed, to think ", "iteration 4  "):
         assert sum(line.startswith(name) for line in lines) == 1, name
     for word in ("sampling", "judging", "DPO", "validation"):
         assert sum(line.startswith(f"  {word} ") for line in lines) == 4
-    assert "python sample.py --model" in text and "--report" in text
-    assert "--thought none --output runs/none" in text
+    assert "python sample.py --model" in text
 
 
-def test_an_example_is_one_line_for_a_thought_and_one_for_a_response(monkeypatch):
+def test_an_example_is_what_the_seed_got_wrong_and_every_iteration_again(monkeypatch):
     def row(thought, response):
         output = {"text": "cut\x1b[31m" * 40, "thought": thought, "response": response}
-        return {"instruction": "Why\a\n\nso?", "outputs": [output]}
+        return {"instruction": "Why\a\n\nso?", "answer": "b c", "outputs": [output]}
 
-    rows = [(row("a\n" * 99, "b\rc\x1b"), row("d", "e")), (row(None, None), row("\a", "\a"))]
-    monkeypatch.setattr(train, "before_and_after", lambda run, t: (rows, [0, 1]))
-    first, seed, response, *last = train.example(None, 2, 0).split("\n")
-    assert (first, response) == ("    Why so?", " " * 24 + "b c")
-    assert seed == "    seed                a" + " a" * 25 + " ..." and len(seed) <= 80
-    assert last == ["    iteration 2         d", " " * 24 + "e"]
-    assert train.example(None, 2, 0, begin=False).split("\n") == last
-    # Nothing to show, and nothing that could be cut: the whole output stands for the thought.
-    assert train.example(None, 2, 1, begin=False) == "    iteration 2"
-    assert (
-        train.example(None, 2, 1).split("\n")[1].startswith("    seed                cut [31mcut")
-    )
+    files = [[row("d", "b c"), row("a\n" * 99, "b\rd\x1b")]]
+    files += [[row("d", "e"), row(None, None)], [row("d", "e"), row("\a", "b c")]]
+    monkeypatch.setattr(train, "read", lambda t: files[t])
+    run = SimpleNamespace(file=lambda t, name: t, sampling=SimpleNamespace(thought="specific"))
+    first, seed, response = train.example(run, 0).split("\n")
+    assert (first, response) == ("    Why so?", " " * 24 + "b d")
+    assert seed == "    seed, wrong         a" + " a" * 25 + " ..." and len(seed) <= 80
+    assert train.example(run, 1).startswith("    iteration 1, wrong  cut [31mcut")
+    assert train.example(run, 2) == "    iteration 2, right  b c"
 
 
 def test_report_shows_runs_and_their_categories(finished, capsys):
@@ -405,9 +391,9 @@ def test_exact_match(response, answer, right):
 
 def validation_rows(responses, **fields):
     counts = {"score": 1.0, "thought_tokens": 3, "response_tokens": 1, "tries": 1}
-    return [
-        {"instruction": "?", **fields, "outputs": [{"response": r, **counts}]} for r in responses
-    ]
+    seed = {"response": "1", **counts}
+    outputs = ([{"response": r, **counts}, seed] for r in responses)
+    return [{"instruction": "?", **fields, "outputs": both} for both in outputs]
 
 
 @pytest.mark.reference
@@ -415,7 +401,7 @@ def test_exact_match_has_an_interval_over_the_instructions_with_answers():
     """81 of 263: R's prop.test(81, 263, correct = FALSE)."""
     asked = validation_rows(["7"] * 81 + ["8"] * 181 + [None], answer="7", category="sum")
     free = validation_rows(["7"] * 50, category="chat")
-    rows, chat = (train.measure([(row, 1.0) for row in part]) for part in (asked + free, free))
+    rows, chat = (train.measure(part) for part in (asked + free, free))
     assert rows["count"] == 313 and rows["exact_match"] == 81 / 263
     assert rows["exact_match_interval"] == pytest.approx([0.2553, 0.3662], abs=6e-5)
     assert chat["exact_match"] is chat["exact_match_interval"] is None
@@ -429,7 +415,7 @@ def test_exact_match_has_an_interval_over_the_instructions_with_answers():
 def test_where_nothing_can_be_cut_there_is_no_score_and_every_comparison_is_lost():
     (row,) = validation_rows([None], answer="7")
     row["outputs"][0]["score"] = None
-    measured = train.measure([(row, -2.0)])
+    measured = train.measure([row])
     assert measured["score"] is measured["thought_tokens"] is None
     assert measured["win_rate"] == measured["exact_match"] == 0 and measured["unparsed_left"] == 1
 
@@ -460,7 +446,8 @@ def test_a_pairwise_judge_compares_each_response_with_the_seeds_once(world, tmp_
     write_checkpoint(judge, LLAMA | {"max_position_embeddings": 4096})
     verdicts = longer_wins(lm.load_tokenizer(judge))
     monkeypatch.setattr(judging, "generate", verdicts)
-    flags = ["--judge", judge, "--iterations", 1, "--verdict-tokens", 4, "--thought", "none"]
+    monkeypatch.setattr(judging.Pairwise, "verdict_tokens", 4)
+    flags = ["--judge", judge, "--iterations", 1, "--thought", "none"]
     run(world, folder, *flags)
     # Two orders of 6 held-out responses beside the seed's: the seed's own, and two epochs'. And
     # all orders of two of the 4 responses to 10 instructions.
@@ -509,14 +496,12 @@ def test_a_recipe_is_flags_and_a_flag_wins(world, tmp_path):
 REFUSALS = {
     "few instructions": ("--iterations 5", "found 40 different instructions, expected 50"),
     "no folder": ("--model /nowhere/at all", "no such folder"),
-    "labels": ("--judge JUDGE2", "labels: found 2, expected 1"),
-    "a reward model to sample": ("--model JUDGE2", "architectures"),
     "no file": ("--instructions /nowhere.jsonl", "No such file"),
     "no recipe": ("--recipe /nowhere.json", "No such file"),
     "an unknown name in a recipe": ("--recipe UNKNOWN", "'colour', which is not an option"),
     "nan": ("--lr nan", "--lr: found nan"),
     "negative": ("--rho -1", "--rho: found -1"),
-    "words": ("--rho much", "--rho: found much, expected auto"),
+    "words": ("--rho much", "--rho: invalid number_or_auto value: 'much'"),
     "zero": ("--iterations 0", "--iterations: found 0, expected a number from 1"),
     "a choice": ("--select worst", "--select"),
     "no number": ("--epochs many", "--epochs"),
@@ -532,10 +517,7 @@ REFUSALS = {
 @pytest.mark.parametrize("name", REFUSALS)
 def test_refusals(world, tmp_path, name):
     flags, expected = REFUSALS[name]
-    two_labels, file = tmp_path / "judge", tmp_path / "validation.jsonl"
-    shutil.copytree(world / "judge", two_labels)
-    config = json.loads((two_labels / "config.json").read_text())
-    (two_labels / "config.json").write_text(json.dumps({**config, "num_labels": 2}))
+    file = tmp_path / "validation.jsonl"
     rows = {"OVERLAP": "train  0", "LONG": "x" * 600}
     for word, text in rows.items():
         if word in flags:
@@ -544,7 +526,7 @@ def test_refusals(world, tmp_path, name):
         file.write_text('{"instruction": "one"}\n{"instruction": \n')
     unknown = tmp_path / "recipe.json"
     unknown.write_text('{"colour": "red"}')
-    places = {"JUDGE2": two_labels, "UNKNOWN": unknown, **dict.fromkeys(("BROKEN", *rows), file)}
+    places = {"UNKNOWN": unknown, **dict.fromkeys(("BROKEN", *rows), file)}
     words = [places.get(word, word) for word in flags.split(" ", 1)]
     with pytest.raises((lm.InputError, OSError)) as refusal:
         run(world, tmp_path / "run", *words)

@@ -75,7 +75,8 @@ def on_real_weights(args):
     file = bench.TESTS / "toy" / "train.jsonl"
     rows = sample.read_instructions(file)[:count]
     config = lm.read_config(lm.checkpoint_folder(args.model))
-    prompts = [ids for _, ids in sample.make_prompts(rows, tokenizer, "specific", config, file)]
+    made = sample.make_prompts(rows, tokenizer, "specific", config, file)
+    prompts = [row["prompt_ids"] for row in made]
     peers = bench.installed("transformers")
     for name in ("float32", "bfloat16"):
         model = lm.load_model(args.model, dtype=lm.DTYPES[name])

@@ -220,7 +220,7 @@ def decoding(model, short):
     # A step reads the weights, the embedding's few rows aside, and the keys and values so far.
     weights = sum(p.nbytes for p in model.parameters()) - model.model.embed_tokens.weight.nbytes
     held = np.mean([len(ids) for ids in prompts]) + longest / 2
-    cache = held * lm.KVCache.bytes_per_token(model.config, model.head.dtype)
+    cache = 2 * decoder.cache.k.nbytes * held // (decoder.slots * decoder.length)
     size = weights / decoder.slots + cache  # bytes a token
     return f"decoding, {decoder.slots} rows of {longest:,} tokens", rate, rate * size
 
@@ -248,13 +248,12 @@ def judging(model, short):
     tokenizer = SimpleNamespace(
         encode=lambda text, add_special_tokens: [1], apply_chat_template=apply_chat_template
     )
-    ours = judge.Pointwise(rewards, tokenizer, judge.Options())
+    ours = judge.Pointwise(rewards, tokenizer)
     items = [
         (text(f"{i}", most // 6, most // 3), [text(f"{i}/{j}", most // 3, most) for j in range(8)])
         for i in range(count)
     ]
     ours.score(*items[0])
-    ours.read.cache_clear()
     seconds, _ = timed(lambda: [ours.score(*item) for item in items])
     rate = sum(map(len, texts.values())) / seconds  # an instruction is computed once
     blocks = sum(p.numel() for p in model.model.layers.parameters())
