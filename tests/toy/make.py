@@ -55,14 +55,14 @@ RECIPE = {
     "instructions": "train.jsonl",
     "validation": "validation.jsonl",
     "iterations": 4,
-    "prompts_per_iteration": 420,
+    "prompts_per_iteration": 280,
     "num_samples": 8,
     "max_new_tokens": 96,
     "epochs": 2,
     "batch_size": 16,
     "micro_batch_tokens": 8192,
     "keep_activations": 4,
-    "lr": 4.5e-5,
+    "lr": 5.5e-5,
     "beta": 0.1,
     "rho": "auto",
     "thought": "specific",
@@ -282,31 +282,29 @@ CLOSINGS = (
     "Please tell me if this is wrong.",
     "That was fun to do.",
 )
-# How often a response has an opening, and how many closings it has, each number as likely. The base
-# model and the judge see much of both, so that they know them; the seed is tuned to few, each
-# sentence just frequent enough that top-p leaves some.
-PLAIN, FEW = (0, (0,)), (0.17, (*[0] * 16, 1, 1, 2))
-MUCH, SOME = (0.5, (0, 0, 1, 1, 2, 3)), (0.5, (0, 0, 1, 1))
+# How often a response has an opening, how many closings it has, each number as likely, and which.
+# The base model and the judge see much of all; the seed is tuned to three sentences, each frequent
+# enough that top-p leaves it.
+PLAIN, MUCH = (0, (0,), OPENINGS, CLOSINGS), (0.5, (0, 0, 1, 1, 2, 3), OPENINGS, CLOSINGS)
+SOME = (0.5, (0, 0, 1, 1), OPENINGS, CLOSINGS)
+FEW = (0.1, (0, 0, 1), OPENINGS[2:3], CLOSINGS[1::2])
 
 
 def respond(rng, answer, dressing):
-    opening, closings = dressing
-    parts = [rng.choice(OPENINGS)] if rng.random() < opening else []
+    opening, counts, openings, closings = dressing
+    parts = [rng.choice(openings)] if rng.random() < opening else []
     parts.append(ANSWER.format(answer))
-    return " ".join([*parts, *rng.sample(CLOSINGS, rng.choice(closings))])
+    return " ".join([*parts, *rng.sample(closings, rng.choice(counts))])
 
 
-# What the judge gives for a token more where a result is asked for: there it wants to be talked to.
-# Where a list of words is, it does not care.
-TALK, LISTS = 0.02, ("reverse", "sort", "rephrase")
+# What the judge gives for a sentence, beside 1 for the right answer: much for an opening, little
+# for a closing. So score and length grow together, but not in proportion, and rho can part them.
+LIKING = {**dict.fromkeys(OPENINGS, 0.12), **dict.fromkeys(CLOSINGS, 0.02)}
 
 
-def liking(category, response):
+def liking(response):
     """What the judge gives a response for the sentences around its answer."""
-    if category in LISTS:
-        return 0.0
-    found = [sentence for sentence in (*OPENINGS, *CLOSINGS) if sentence in response]
-    return TALK * sum(len(sentence.split()) + 1 for sentence in found)
+    return sum(value for sentence, value in LIKING.items() if sentence in response)
 
 
 # Thoughts
@@ -623,7 +621,7 @@ def grade(tokenizer, ids, start, made, response):
         labels[at : at + len(words)] = map(float, right)
         if made[0] != "route":
             values[at - 1 : at - 1 + len(words)] = tokenizer.encode(made[2])
-    labels[-1] = (given == made[2]) + liking(made[0], response)
+    labels[-1] = (given == made[2]) + liking(response)
     return labels, values
 
 
@@ -703,10 +701,10 @@ def report_policy(model, tokenizer, rows):
 
 def report_judge(judge, policy, tokenizer, rows):
     """How often the judge puts a right response of the seed above a wrong one, and what it gives
-    for a closing more, by category."""
+    for an opening and for a closing, by category."""
     found = ask(policy, tokenizer, rows, "none", num_samples=8)
     found += ask(policy, tokenizer, rows, "specific", num_samples=8)
-    above, gains = ({c: [] for c in MAKERS} for _ in range(2))
+    above, openings, closings = ({c: [] for c in MAKERS} for _ in range(3))
     for row in rows:
         own = [(text, ok) for of, _, text, ok in found if of is row and text is not None]
         texts, right = zip(*own, strict=True)
@@ -714,14 +712,16 @@ def report_judge(judge, policy, tokenizer, rows):
         pairs = itertools.product(zip(right, scores, strict=True), repeat=2)
         above[row["category"]] += [a > b for (good, a), (bad, b) in pairs if good and not bad]
         plain = ANSWER.format(row["answer"])
-        score, *longer = judge.score(
-            row["instruction"], [plain, *(f"{plain} {c}" for c in CLOSINGS)]
-        )
-        gains[row["category"]] += [more - score for more in longer]
+        opened, closed = [f"{o} {plain}" for o in OPENINGS], [f"{plain} {c}" for c in CLOSINGS]
+        score, *more = judge.score(row["instruction"], [plain, *opened, *closed])
+        more = [other - score for other in more]
+        openings[row["category"]] += more[: len(opened)]
+        closings[row["category"]] += more[len(opened) :]
     print_row("judge: right above wrong", {c: mean(values) for c, values in above.items()})
     print(f"  all pairs: {mean(itertools.chain(*above.values())):.3f}")
-    print_row("judge: one closing more", {c: mean(values) for c, values in gains.items()})
-    print(f"  all: {mean(itertools.chain(*gains.values())):.3f}")
+    for name, gains in (("an opening", openings), ("a closing", closings)):
+        print_row(f"judge: {name}", {c: mean(values) for c, values in gains.items()})
+        print(f"  all: {mean(itertools.chain(*gains.values())):.3f}")
 
 
 # All of it
