@@ -44,6 +44,11 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 
+class RMSNorm(nn.RMSNorm):
+    def forward(self, x):  # rounded before the weight too, as transformers does
+        return self.weight * F.rms_norm(x, x.shape[-1:], eps=self.eps)
+
+
 def rope_frequencies(config):
     """Angle per position of each pair of dimensions: (head_dim / 2,) float32."""
     rope = config.rope
@@ -121,9 +126,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
     def forward(self, x, cos, sin, attend, wanted=...):
@@ -139,7 +144,7 @@ class Trunk(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.register_buffer("frequencies", rope_frequencies(config), persistent=False)
 
     def forward(self, tokens, positions=None, attend=causal_attention, recompute=0, wanted=...):
@@ -741,8 +746,7 @@ def main():
     config = read_config(folder)
     with torch.device("meta"):
         count = sum(p.numel() for p in LanguageModel(config).parameters())
-    stops = load_tokenizer(folder).stop_ids
-    found = {**vars(config), "stop ids": stops, "parameters": f"{count:,}"}
+    found = {**vars(config), "stop ids": load_tokenizer(folder).stop_ids, "parameters": count}
     print("\n".join(f"{key:24} {value}" for key, value in found.items()))
 
 

@@ -66,8 +66,8 @@ def judge_outputs(run, t):
     scores, pairs = run.file(t, "scores.jsonl"), run.file(t, "pairs.jsonl")
     judging.score_file(run.load(), run.file(t, "samples.jsonl"), scores)
     made = judging.write_pairs(scores, pairs, run.options.rho, run.options.reject_failed)
-    text = judging.PAIRS.format(**made)
-    run.finish({"stage": "judge", "iteration": t, **made}, "judging", text)
+    row = {"stage": "judge", "iteration": t, **made}
+    run.finish(row, "judging", judging.PAIRS.format(**made))
 
 
 def train_policy(run, t):
@@ -432,7 +432,7 @@ def main():
     print(f"{what} outputs to {n:,} instructions, a judge, then DPO")
     print(f"seed {options.model}\njudge {options.judge}\nrun {run.folder}")
     tpo(run, rows, held_out)
-    print(f"\n{report(run.log_rows)}")
+    print("\n" + report(run.log_rows))
     print(f"python sample.py --model {run.policy_folder(options.iterations)} --show-thought")
 
 

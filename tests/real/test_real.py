@@ -107,7 +107,8 @@ def test_a_step_of_dpo_and_the_checkpoint_it_leaves(tokenizer, tmp_path):
     policy = model.load_model(POLICY)  # its own: training changes it
     texts = ("The capital of France is Paris.<|im_end|>", "I would say Lyon, or so.<|im_end|>")
     pair = dpo.Pair("a pair", PROMPTS[0], *(tokenizer.encode(text) for text in texts))
-    options, steps = dpo.Options(lr=1e-5, epochs=2, batch_size=1), []
+    fitted = {"micro_batch_tokens": 2048, "keep_activations": 1}
+    options, steps = dpo.Options(lr=1e-5, epochs=2, batch_size=1, **fitted), []
     dpo.train(policy, [pair], options, log=steps.append)
     before, after = steps  # each step's record is of the weights that it found
     assert before["loss"] == pytest.approx(math.log(2), abs=1e-4)
