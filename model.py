@@ -743,9 +743,8 @@ def main():
     parser = make_parser("What is in a checkpoint, and what it takes.")
     parser.add_argument("--model", required=True, help="checkpoint folder or hub id")
     folder = checkpoint_folder(parser.parse_args().model)
-    config = read_config(folder)
     with torch.device("meta"):
-        count = sum(p.numel() for p in LanguageModel(config).parameters())
+        count = sum(p.numel() for p in LanguageModel(config := read_config(folder)).parameters())
     found = {**vars(config), "stop ids": load_tokenizer(folder).stop_ids, "parameters": count}
     print("\n".join(f"{key:24} {value}" for key, value in found.items()))
 

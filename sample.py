@@ -453,8 +453,8 @@ def answer(args, options, model, tokenizer):
     typed = (line.rstrip("\n") for line in sys.stdin if line.strip())
     for text in typed if args.instruction is None else [args.instruction]:
         lm.expect(text.strip(), "instruction", repr(text), "a text")
-        how = (tokenizer, options.thought, model.config, "terminal")
-        (row,) = make_prompts([{"instruction": text}], *how)
+        row = {"instruction": text}
+        (row,) = make_prompts([row], tokenizer, options.thought, model.config, "terminal")
         limits = (options.num_samples, options.max_new_tokens, options.cache_memory)
         decoder = decoder_for(model, [row["prompt_ids"]], *limits)
         (row,) = sample_group(decoder, tokenizer, [(0, row)], options)

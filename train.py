@@ -66,8 +66,8 @@ def judge_outputs(run, t):
     scores, pairs = run.file(t, "scores.jsonl"), run.file(t, "pairs.jsonl")
     judging.score_file(run.load(), run.file(t, "samples.jsonl"), scores)
     made = judging.write_pairs(scores, pairs, run.options.rho, run.options.reject_failed)
-    row = {"stage": "judge", "iteration": t, **made}
-    run.finish(row, "judging", judging.PAIRS.format(**made))
+    made |= {"stage": "judge", "iteration": t}
+    run.finish(made, "judging", judging.PAIRS.format(**made))
 
 
 def train_policy(run, t):
