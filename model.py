@@ -744,8 +744,12 @@ def main():
     parser.add_argument("--model", required=True, help="checkpoint folder or hub id")
     folder = checkpoint_folder(parser.parse_args().model)
     with torch.device("meta"):
-        count = sum(p.numel() for p in LanguageModel(config := read_config(folder)).parameters())
-    found = {**vars(config), "stop ids": load_tokenizer(folder).stop_ids, "parameters": count}
+        count = sum(p.numel() for p in LanguageModel(read_config(folder)).parameters())
+    found = {
+        **vars(read_config(folder)),
+        "stop ids": load_tokenizer(folder).stop_ids,
+        "parameters": count,
+    }
     print("\n".join(f"{key:24} {value}" for key, value in found.items()))
 
 
