@@ -745,11 +745,8 @@ def main():
     folder = checkpoint_folder(parser.parse_args().model)
     with torch.device("meta"):
         count = sum(p.numel() for p in LanguageModel(read_config(folder)).parameters())
-    found = {
-        **vars(read_config(folder)),
-        "stop ids": load_tokenizer(folder).stop_ids,
-        "parameters": count,
-    }
+    found = vars(read_config(folder)) | {"stop ids": load_tokenizer(folder).stop_ids}
+    found["parameters"] = count
     print("\n".join(f"{key:24} {value}" for key, value in found.items()))
 
 
