@@ -279,8 +279,9 @@ def fit_options(model, longest, options):
         whole = replace(tried, micro_batch_tokens=count * size)
         try:
             held = AdamW(model, tried) if tried.optimizer_device == "same" else None
-            # Twice: from the second on, sums of gradients are there beside the activations.
-            add_gradient(model, [pair] * count * 2, whole)
+            # First any pair: in training the sums of gradients are there beside the activations.
+            add_gradient(model, [Pair("", [0], [0], [0], (0.0, 0.0))], whole)
+            add_gradient(model, [pair] * count, whole)
             return tried
         except RuntimeError as error:
             if "memory" not in str(error):

@@ -412,7 +412,7 @@ def compare_files(judge, ours_path, theirs_path):
 
 
 RHO_HELP = "weight of length control, paper 2.2, or auto: the authors' rule, draft 3.5"
-PAIRS = "{pairs:,} pairs ({failed:.0%} reject failed), rho {rho:g}; {no_pair} without a pair"
+PAIRS_TEXT = "{pairs:,} pairs ({failed:.0%} reject failed), rho {rho:g}; {no_pair} without a pair"
 FAILED_HELP = "reject an output that cannot be cut, draft 2.2, or did not end, ours"
 
 
@@ -453,7 +453,7 @@ def main():
         for row in made["rhos"]:  # what length control makes of the pairs
             cells = [f"{name} {x:.5g}" for name, x in row.items() if isinstance(x, int | float)]
             print(", ".join(cells).replace("_", " "))
-        print(PAIRS.format(**made))
+        print(PAIRS_TEXT.format(**made))
 
 
 if __name__ == "__main__":

@@ -553,13 +553,13 @@ def run_main(main):
 
 
 @contextlib.contextmanager
-def write_whole(path, folder=False):
-    """Yields a path beside `path` to write to; renamed to it when the block ends well.
+def write_whole(path, folder=False, aside=None):
+    """Yields a path beside `path` to write to, or `aside`; renamed to it when the block ends well.
 
     So a file or a folder under its final name is whole, and a kill leaves the old one or the new.
     """
     path = Path(path)
-    aside = path.with_name(path.name + ".partial")
+    aside = aside or path.with_name(path.name + ".partial")
     try:
         if folder:
             shutil.rmtree(aside, ignore_errors=True)  # what a kill left
@@ -595,21 +595,17 @@ def write_groups(path, items, group, key, make_rows, label, unit, each=1):
     if path.exists():
         return
     partial = path.with_name(f"{path.name}.{hash_of(key)[:8]}.partial")
-    try:
-        with open(partial, "ab+") as file:
-            file.seek(0)
-            lines = [line for line in file if line.endswith(b"\n")]
-            done = len(lines) // group * group
-            file.truncate(sum(map(len, lines[:done])))
-            with progress_bar(label, len(items) * each, done * each, unit) as bar:
-                for first in range(done, len(items), group):
-                    for row in make_rows(items[first : first + group], bar):
-                        file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-                    file.flush()
-                    os.fsync(file.fileno())
-            os.replace(partial, path)
-    except OSError as error:
-        raise InputError(f"{partial}: cannot be written: {error}") from None
+    with write_whole(path, aside=partial), open(partial, "ab+") as file:
+        file.seek(0)
+        lines = [line for line in file if line.endswith(b"\n")]
+        done = len(lines) // group * group
+        file.truncate(sum(map(len, lines[:done])))
+        with progress_bar(label, len(items) * each, done * each, unit) as bar:
+            for first in range(done, len(items), group):
+                for row in make_rows(items[first : first + group], bar):
+                    file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
 
 
 def read_json(path, kind=dict):
@@ -743,10 +739,10 @@ def main():
     parser = make_parser("What is in a checkpoint, and what it takes.")
     parser.add_argument("--model", required=True, help="checkpoint folder or hub id")
     folder = checkpoint_folder(parser.parse_args().model)
+    config = read_config(folder)
     with torch.device("meta"):
-        count = sum(p.numel() for p in LanguageModel(read_config(folder)).parameters())
-    found = vars(read_config(folder)) | {"stop ids": load_tokenizer(folder).stop_ids}
-    found["parameters"] = count
+        count = sum(p.numel() for p in LanguageModel(config).parameters())
+    found = vars(config) | {"stop ids": load_tokenizer(folder).stop_ids, "parameters": f"{count:,}"}
     print("\n".join(f"{key:24} {value}" for key, value in found.items()))
 
 

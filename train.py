@@ -48,9 +48,9 @@ def sample_outputs(run, t, rows):
     """K outputs of M_(t-1) for each fresh instruction."""
     if run.logged("sample", t):
         return
-    policy, path = run.policy_folder(t - 1), run.file(t, "samples.jsonl")
+    model, path = run.load(run.policy_folder(t - 1)), run.file(t, "samples.jsonl")
     # No second try: what cannot be cut is to be rejected.
-    write_samples(run, policy, rows, path, "sampling", f"iteration-{t}", resample=0)
+    write_samples(run, model, rows, path, "sampling", f"iteration-{t}", resample=0)
     outputs = [output for row in read(path) for output in row["outputs"]]
     tokens = sum(len(output["ids"]) for output in outputs)
     unparsed = mean([output["response"] is None for output in outputs])
@@ -67,7 +67,7 @@ def judge_outputs(run, t):
     judging.score_file(run.load(), run.file(t, "samples.jsonl"), scores)
     made = judging.write_pairs(scores, pairs, run.options.rho, run.options.reject_failed)
     made |= {"stage": "judge", "iteration": t}
-    run.finish(made, "judging", judging.PAIRS.format(**made))
+    run.finish(made, "judging", judging.PAIRS_TEXT.format(**made))
 
 
 def train_policy(run, t):
@@ -99,8 +99,9 @@ def select_epoch(run, t, held_out):
         epochs = range(1, run.dpo.epochs + 1)
         paths = {epoch: folder / f"epoch-{epoch}" / "validation.jsonl" for epoch in epochs}
         for epoch, path in paths.items():
-            policy, label = path.with_name("checkpoint"), f"validation, epoch {epoch}"
-            write_samples(run, policy, held_out, path, label, "validation", num_samples=1)
+            model, label = run.load(path.with_name("checkpoint")), f"validation, epoch {epoch}"
+            write_samples(run, model, held_out, path, label, "validation", num_samples=1)
+            del model
         judge = run.load()
         for epoch, path in paths.items():
             row = validate(run, judge, path, t, run.sampling.thought)
@@ -129,12 +130,14 @@ def validate_seed(run, held_out):
     styles = (run.sampling.thought, "none")
     paths = {style: run.file(0, f"validation-{style}.jsonl") for style in styles}
     if len(run.logged("validation", 0)) < len(paths):
+        model = run.load(run.seed)
         if not run.logged("plan", 0):
-            fitted = dpo.fit_options(run.load(run.seed), run.longest_pair, run.dpo)
+            fitted = dpo.fit_options(model, run.longest_pair, run.dpo)
             run.log({"stage": "plan", "iteration": 0, "dpo": asdict(fitted)})
         for style, path in paths.items():
             changes = {"thought": style, "num_samples": 1}
-            write_samples(run, run.seed, held_out, path, f"seed, {style}", "validation", **changes)
+            write_samples(run, model, held_out, path, f"seed, {style}", "validation", **changes)
+        del model
         judge = run.load()
         for style, path in reversed(paths.items()):
             row = validate(run, judge, path, 0, style)
@@ -146,11 +149,10 @@ def validate_seed(run, held_out):
     run.dpo = dpo.Options(**run.logged("plan", 0)[0]["dpo"])
 
 
-def write_samples(run, policy, rows, path, label, name, **changes):
+def write_samples(run, model, rows, path, label, name, **changes):
     """Samples `rows` into a file, with changed options; `name` names the random streams."""
     options = replace(run.sampling, seed=f"{run.sampling.seed}/{name}", **changes)
-    both = (run.load(policy), lm.load_tokenizer(run.seed))
-    sample.sample_file(*both, rows, options, path, {}, name, label)
+    sample.sample_file(model, lm.load_tokenizer(run.seed), rows, options, path, {}, name, label)
 
 
 def validate(run, judge, path, t, style):

@@ -6,7 +6,6 @@ device, a mask as an index) gets a stand-in. tests/benchmarks/gpu.py is the run 
     pytest tests/test_cuda.py
 """
 
-import contextlib
 import ctypes
 from collections import Counter
 from dataclasses import replace
@@ -171,15 +170,6 @@ def run_backward(root):
 def fake(device_guard, monkeypatch):
     """Everything in the test is a fake tensor; yields the stand-ins."""
     stand_ins = StandIns()
-
-    def wait(*args):
-        stand_ins.waits += 1
-
-    side = SimpleNamespace(wait_stream=lambda other: None, synchronize=wait)
-    monkeypatch.setattr(torch.cuda, "synchronize", wait)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda: side)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: side)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(FakeTensor, "tolist", torch.Tensor.tolist)  # its own takes items singly
     # A checkpointed block computes again once in each pass that has a number.
     monkeypatch.setattr(torch._C, "_current_graph_task_id", lambda: stand_ins.backwards)

@@ -544,7 +544,7 @@ def test_main_says_what_a_checkpoint_takes(tiny, capsys, monkeypatch):
     lm.main()
     said = capsys.readouterr().out
     count = sum(tensor.numel() for tensor in load_file(tiny / "model.safetensors").values())
-    assert f" {count}\n" in said and "(257, 260)" in said
+    assert f" {count:,}\n" in said and "(257, 260)" in said
 
 
 # Refusals: one line that names the culprit
