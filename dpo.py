@@ -273,7 +273,7 @@ def fit_options(model, longest, options):
     given["optimizer_device"] = place_optimizer(model, options)
     most, pair = max(1, 8192 // size) * size, replace(longest, reference=(0.0, 0.0))
     tries = [(most, layers * share // 4) for share in (4, 3, 2, 1)] + [(most, 1), (size, 1)]
-    for tokens, kept in tries if head.is_cuda else [(2048, 1)]:
+    for tokens, kept in tries if head.is_cuda else [(1024, 1)]:
         tried = Options(**{"micro_batch_tokens": tokens, "keep_activations": kept, **given})
         count = -(-tried.micro_batch_tokens // size)  # no micro-batch has more tokens than these
         whole = replace(tried, micro_batch_tokens=count * size)
@@ -333,7 +333,7 @@ class Options:
     epochs: int = lm.option(10, "passes over the pairs; paper 3.1", low=1)
     batch_size: int = lm.option(64, "pairs a step; field", low=1)
     nll_weight: float = lm.option(0.0, "IRPO's term; paper: made little difference", low=0)
-    micro_batch_tokens: int = lm.option(None, "at once; ours: by trying, 2048 on the CPU", low=1)
+    micro_batch_tokens: int = lm.option(None, "at once; ours: by trying, 1024 on the CPU", low=1)
     keep_activations: int = lm.option(None, "blocks not recomputed; ours: by trying, 1", low=0)
     optimizer_device: str = lm.option("auto", "AdamW's; ours", choices=("auto", "same", "cpu"))
     seed: int = lm.option(0, "names the random stream of each epoch's order", low=0)

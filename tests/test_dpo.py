@@ -617,11 +617,11 @@ def test_options_are_filled_in_by_trying_and_nothing_is_left(llm, monkeypatch):
     before = {name: p.clone() for name, p in llm.state_dict().items()}
     found = dpo.fit_options(llm, longest, dpo.Options(lr=0.5))
     values = (found.lr, found.micro_batch_tokens, found.keep_activations, found.optimizer_device)
-    assert values == (0.5, 2048, 1, "same")
+    assert values == (0.5, 1024, 1, "same")
     given = options_of(micro_batch_tokens=70, keep_activations=0, optimizer_device="cpu")
     assert dpo.fit_options(llm, longest, given) == given  # what was asked for stays
     # First any pair, for the sums of gradients; then at once as much as the largest micro-batch.
-    for (one, _), (batch, options), tokens in zip(tried[::2], tried[1::2], (2048, 70), strict=True):
+    for (one, _), (batch, options), tokens in zip(tried[::2], tried[1::2], (1024, 70), strict=True):
         sizes = list(map(len, batch))
         assert len(one) == 1 and set(sizes) == {len(longest)}
         assert replace(options, micro_batch_tokens=tokens) in (found, given)
