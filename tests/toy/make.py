@@ -317,10 +317,12 @@ IDLE = (
     "Some of them were hard and some were easy.",
     "Let me think about it for a while.",
 )
-STYLES = {"none": 0.5, "specific": 0.3, "generic": 0.2}  # of the policy's training data
 # What the base model learns, and what the seed is tuned to: the useful habits, a minority.
 SCHOOL = {"steps": 0.8, "check": 0.2}
 HABITS = {"steps": 0.12, "check": 0.12, "idle": 0.45, "hasty": 0.26, "broken": 0.05}
+# How both are asked; the seed alone, and seldom, by a system turn too.
+SCHOOL_STYLES = {"none": 0.5, "specific": 0.3, "generic": 0.2}
+STYLES = {"none": 0.5, "specific": 0.3, "generic": 0.12, "system": 0.08}
 
 
 def think(rng, habits, category, instruction, answer, working):
@@ -339,19 +341,20 @@ def think(rng, habits, category, instruction, answer, working):
 
 
 def example(rng, habits, held_out):
-    """One example of the policy's training data: (user's turn, output)."""
-    style = rng.choices(list(STYLES), STYLES.values())[0]
+    """One example of the policy's training data: (instruction, style of its prompt, output)."""
+    styles = STYLES if habits is HABITS else SCHOOL_STYLES
+    style = rng.choices(list(styles), styles.values())[0]
     category, instruction, answer, working = lesson(rng, held_out, TOLD)
     dressing = FEW if habits is HABITS else PLAIN if rng.random() < 0.75 else MUCH
-    prompt, thought = sample.thought_prompt(instruction, style), None
+    thought = None
     if style != "none":
         thought, answer = think(rng, habits, category, instruction, answer, working)
-        if style == "generic":
+        if style != "specific":
             thought = f"{sample.THOUGHT_MARKER} {thought}"
         if answer is None:
-            return prompt, thought
+            return instruction, style, thought
         thought = f"{thought} {sample.RESPONSE_MARKERS[style]} "
-    return prompt, (thought or "") + respond(rng, answer, dressing)
+    return instruction, style, (thought or "") + respond(rng, answer, dressing)
 
 
 # Tokenizer: one word, one token
@@ -502,10 +505,14 @@ def begin(model):
     return model
 
 
-def encode(tokenizer, pairs):
-    """(user's turn, assistant's turn) pairs -> (ids of the chat, length of the prompt) pairs."""
-    prompts = [f"<s><user>{user}<end><assistant>" for user, _ in pairs]
-    outputs = [f"{output}<end>" for _, output in pairs]
+def encode(tokenizer, examples):
+    """(instruction, style, output) of each -> (ids of the chat, length of the prompt) of each."""
+    prompts = []
+    for instruction, style, _ in examples:
+        system = f"<system>{sample.SYSTEM_PROMPT}<end>" if style == "system" else ""
+        user = sample.thought_prompt(instruction, style)
+        prompts.append(f"<s>{system}<user>{user}<end><assistant>")  # as TEMPLATE has it
+    outputs = [f"{output}<end>" for *_, output in examples]
     batch = tokenizer.tokenizer.encode_batch
     return [
         (prompt.ids + output.ids, len(prompt.ids))
@@ -603,7 +610,7 @@ def graded(rng, count, tokenizer, held_out, policy=None):
             for row, _, text, _ in samples
             if text
         ]
-    chats = encode(tokenizer, [(made[1], response) for made, response in found])
+    chats = encode(tokenizer, [(made[1], "none", response) for made, response in found])
     return [
         (ids, *grade(tokenizer, ids, start, made, response))
         for (ids, start), (made, response) in zip(chats, found, strict=True)
@@ -662,10 +669,8 @@ def grade_loss(model, batch):
 
 def ask(model, tokenizer, rows, style, num_samples, seed=SEED):
     """(row, thought, response, whether it is right) of every sample that could be cut."""
-    turns = [
-        [{"role": "user", "content": sample.thought_prompt(r["instruction"], style)}] for r in rows
-    ]
-    prompts = [tokenizer.apply_chat_template(turn) for turn in turns]
+    asked = sample.make_prompts(rows, tokenizer, style, model.config, "make.py")
+    prompts = [row["prompt_ids"] for row in asked]
     completions = sample.generate(
         model, prompts, num_samples, max_new_tokens=96, stop_ids=tokenizer.stop_ids, seed=seed
     )
@@ -760,7 +765,8 @@ def main():
         source = Path(scratch)
         texts = [*OPENINGS, *CLOSINGS, *IDLE, *(f"{r['instruction']} {r['answer']}" for r in rows)]
         for habits in (SCHOOL, HABITS):
-            texts += itertools.chain(*(example(rng, habits, ()) for _ in range(TEXTS)))
+            made = (example(rng, habits, ()) for _ in range(TEXTS))
+            texts += (f"{sample.thought_prompt(x, style)} {output}" for x, style, output in made)
         make_tokenizer(source, texts)
         tokenizer = lm.load_tokenizer(source)
 
