@@ -507,17 +507,13 @@ def begin(model):
 
 def encode(tokenizer, examples):
     """(instruction, style, output) of each -> (ids of the chat, length of the prompt) of each."""
-    prompts = []
-    for instruction, style, _ in examples:
-        system = f"<system>{sample.SYSTEM_PROMPT}<end>" if style == "system" else ""
-        user = sample.thought_prompt(instruction, style)
-        prompts.append(f"<s>{system}<user>{user}<end><assistant>")  # as TEMPLATE has it
-    outputs = [f"{output}<end>" for *_, output in examples]
-    batch = tokenizer.tokenizer.encode_batch
-    return [
-        (prompt.ids + output.ids, len(prompt.ids))
-        for prompt, output in zip(batch(prompts), batch(outputs), strict=True)
-    ]
+    config, found = lm.read_config(tokenizer.folder), []
+    for instruction, style, output in examples:
+        asked = [{"instruction": instruction}]
+        (row,) = sample.make_prompts(asked, tokenizer, style, config, "make.py")
+        prompt, given = row["prompt_ids"], tokenizer.encode(f"{output}<end>")
+        found.append((prompt + given, len(prompt)))
+    return found
 
 
 # The judge: the base model, three blocks more, and a score that tells right from wrong
