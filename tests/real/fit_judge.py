@@ -1,14 +1,24 @@
-"""Fits a judge on SmolLM2's own trunk: does this response answer this question, or another one?
+"""Fits a judge on SmolLM2's own trunk: is this a good model's response, and to this question?
 
-A linear head reads the hidden state at the response's end, not of the last block, which knows
-little but the next token, but of an earlier one: the judge keeps only the blocks up to there. The
-blocks stay as they are; the head is fitted by the Bradley-Terry loss on pairs of a response to the
-question and a response to another one. A third of the instructions, kept out of the fit, tell what
-the judge can tell.
+What a hidden state in the middle of the trunk knows of that is spread over the response, little of
+it is at its end, which is what a one-label reward model reads. So the judge keeps the trunk's first
+blocks as they are and gets one more, whose queries are zero: attention is then equal to all tokens,
+and the last one receives their mean. It is still a Llama, and every program that reads one reads
+it. A linear head on that mean is fitted by the Bradley-Terry loss on two kinds of pairs:
 
-In: the policy's folder and a file of instructions with one response of each of several models,
-weakest first in MODELS. Out: a LlamaForSequenceClassification with one label; figures on the
-terminal. Called by make.py: its command is there. Under ten minutes on two free cores.
+    a good model's response over a weak one's to the same instruction, of about the same length
+    a response to the instruction over the same model's to another one, as long
+
+Whatever the score would owe to length is taken out of the head before it is fitted: over the
+responses to one instruction, score and logarithm of length have no covariance.
+
+HELD_OUT instructions, kept out of all this, tell what the judge can tell; five folds of the others
+choose the number of blocks and how far the head is held back.
+
+In: the policy's folder and a file of instructions with one response of each of several models. Out:
+a LlamaForSequenceClassification with one label; beside it the means that were read, which a second
+call does not read again, and which instructions were used; figures on the terminal. Called by
+make.py: its command is there. An hour on one free core.
 """
 
 import json
@@ -18,19 +28,36 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn.functional import logsigmoid
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from judge import load_judge
-from model import load_model, load_tokenizer
+from judge import load_judge, wilson_interval
+from model import load_model, load_tokenizer, pack
 
-MODELS = ("text_davinci_003", "Meta-Llama-3-8B-Instruct", "gpt4_1106_preview")
+# By AlpacaEval's length-controlled win rates: 19 to 26, and 2 to 4.
+GOOD = (
+    "Meta-Llama-3-8B-Instruct",
+    "gpt4_0613_concise",
+    "gpt-3.5-turbo-1106",
+    "claude-instant-1.2",
+    "Mistral-7B-Instruct-v0.3",
+)
+WEAK = (
+    "Qwen1.5-1.8B-Chat",
+    "baichuan-13b-chat",
+    "guanaco-7b",
+    "pythia-12b-mix-sft",
+    "falcon-7b-instruct",
+)
+MODELS = GOOD + WEAK
 HELD_OUT = 60  # instructions
-DEPTHS = (16, 18, 20, 22)  # of 30 blocks
-DECAYS = (1e-3, 3e-3, 1e-2)  # weight of the head's squared length
-CUTS = (16, 400)  # tokens that the fit reads of a response, spread evenly in their logarithm
-LONGEST = (100, 400)  # tokens of a response in the two measurements
-MATCHED = 0.15  # two lengths are called equal within this
+FOLDS = 5
+DEPTHS = (16, 20)  # of 30 blocks
+DECAYS = (0.03, 0.1, 0.3)  # weight of the head's squared length
+CUTS = (48, 320)  # tokens that are read of a response, spread evenly in their logarithm
+OTHERS = 4  # responses to other instructions, of two good models and two weak ones
+CLOSE, SAME = 0.8, 0.9  # least ratio of two lengths: in the fit, in the measurement
 
 
 def read_rows(path, tokenizer):
@@ -42,51 +69,35 @@ def read_rows(path, tokenizer):
         sys.exit(
             f"{path}: found {len(rows)} rows, without {missing or 'nothing'}, expected {names}"
         )
-    rows = [(r["instruction"], [tokenizer.encode(r[m]) for m in MODELS]) for r in rows]
+    rows = [(r["instruction"], [tokenizer.encode(r[m].strip()) for m in MODELS]) for r in rows]
     return [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
 
 
 def another(rows, i, m, random, most):
-    """A row whose response of model m is about as long as row i's, at the length they are cut."""
-    length = min(len(rows[i][1][m]), most)
-    gaps = [abs(min(len(ids[m]), most) - length) for _, ids in rows]
-    order = random.permutation([j for j in range(len(rows)) if j != i])  # ties: in any order
-    return int(random.choice(sorted(order, key=lambda j: gaps[j])[:3]))
+    """A row whose response of model m is about as long as row i's, at the length they are cut.
 
-
-def make_cases(rows, tokenizer, cut):
-    """For each row, texts of its responses and of as many, and as long ones, to other rows.
-
-    cut(random): the most tokens of a response. Returns (instruction, right, other) triples.
+    Held-out rows go with held-out ones, so that no response is in the fit and the measurement.
     """
-    random, cases = np.random.default_rng(1), []
-    for i, (instruction, responses) in enumerate(rows):
-        right, other = [], []
-        for m, ids in enumerate(responses):
-            most = cut(random)
-            right.append(tokenizer.decode(ids[:most]))
-            other.append(tokenizer.decode(rows[another(rows, i, m, random, most)][1][m][:most]))
-        cases.append((instruction, right, other))
-    return cases
+    near = range(HELD_OUT) if i < HELD_OUT else range(HELD_OUT, len(rows))
+    length = min(len(rows[i][1][m]), most)
+    gaps = {j: abs(min(len(rows[j][1][m]), most) - length) for j in near if j != i}
+    order = random.permutation(list(gaps))  # ties: in any order
+    return int(random.choice(sorted(order, key=gaps.get)[:3]))
 
 
-@torch.inference_mode()
-def read_states(policy, tokenizer, cases):
-    """Hidden states at the end of all six chats of each case: {depth: (cases, 6, hidden)}."""
-    trunk, seen, states = policy.model, {}, {depth: [] for depth in DEPTHS}
-    for depth in DEPTHS:
-        trunk.layers[depth - 1].register_forward_hook(
-            lambda block, given, out, depth=depth: seen.update({depth: out})
-        )
-    trunk.layers = trunk.layers[: max(DEPTHS)]
-    for instruction, right, other in cases:
-        chats = [chat_ids(tokenizer, instruction, response) for response in right + other]
-        width = max(map(len, chats))
-        trunk(torch.tensor([ids + [0] * (width - len(ids)) for ids in chats]))
-        ends = [len(ids) - 1 for ids in chats]
-        for depth, found in states.items():
-            found.append(trunk.norm(seen[depth][range(len(chats)), ends]))
-    return {depth: torch.stack(found) for depth, found in states.items()}
+def make_case(rows, i, tokenizer):
+    """Texts of row i's responses and of OTHERS to other rows, all cut at one length.
+
+    Returns the texts and the index in MODELS of each.
+    """
+    random = np.random.default_rng([1, i])
+    low, high = np.log(CUTS)
+    most = CUTS[1] if i < HELD_OUT else int(np.exp(random.uniform(low, high)))
+    half, n = OTHERS // 2, len(GOOD)
+    some = [*random.permutation(n)[:half], *(n + random.permutation(len(WEAK))[:half])]
+    made = [(i, m) for m in range(len(MODELS))]
+    made += [(another(rows, i, m, random, most), int(m)) for m in some]
+    return [tokenizer.decode(rows[j][1][m][:most]) for j, m in made], [m for _, m in made]
 
 
 def chat_ids(tokenizer, instruction, response):
@@ -96,95 +107,194 @@ def chat_ids(tokenizer, instruction, response):
     return tokenizer.apply_chat_template(messages, add_generation_prompt=False)[:-1]
 
 
-def differences(states):
-    """(cases, 6, hidden) -> (9 cases, hidden): every right response less every other one."""
-    right, other = states.chunk(2, dim=1)
-    return (right[:, :, None] - other[:, None]).flatten(0, 2)
+@torch.inference_mode()
+def read_means(trunk, tokenizer, instruction, responses):
+    """Means over each chat of the normed states after DEPTHS: {"16": (n, hidden), ...}, lengths.
+
+    What all chats begin with is computed once. A response's length is that of its chat beyond it.
+    """
+    chats = [chat_ids(tokenizer, instruction, response) for response in responses]
+    most = min(map(len, chats)) - 1
+    shared = next((k for k in range(most) if len({chat[k] for chat in chats}) > 1), most)
+    pieces = [(chats[0][:shared], None), *((chat[shared:], 0) for chat in chats)]
+    seen = {}
+    hooks = [
+        trunk.layers[depth - 1].register_forward_hook(
+            lambda block, given, out, depth=depth: seen.update({depth: out[0]})
+        )
+        for depth in DEPTHS
+    ]
+    trunk(*pack(pieces))
+    for hook in hooks:
+        hook.remove()
+    lengths = [len(ids) for ids, _ in pieces]
+    means = {}
+    for depth, x in seen.items():
+        first, *parts = F.rms_norm(x, x.shape[-1:], eps=trunk.norm.eps).split(lengths)
+        means[str(depth)] = torch.stack(
+            [(first.sum(0) + part.sum(0)) / (len(first) + len(part)) for part in parts]
+        )
+    return {**means, "lengths": torch.tensor(lengths[1:])}
 
 
-def fit(states, decay):
-    """The head's weight (hidden,): logistic regression on differences, without a bias."""
-    x = differences(states)
+def read_all(policy, rows, tokenizer, folder):
+    """read_means of every row, each kept in a file of the folder; what is there is not read again.
+
+    Returns [(means and lengths, models)] in the order of rows.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    trunk, found, began = None, [], time.monotonic()
+    for i, (instruction, _) in enumerate(rows):
+        responses, models = make_case(rows, i, tokenizer)
+        file = folder / f"{i}.safetensors"
+        if not file.exists():
+            if trunk is None:
+                trunk = load_model(policy).model
+                trunk.layers = trunk.layers[: max(DEPTHS)]
+            save_file(read_means(trunk, tokenizer, instruction, responses), f"{file}.partial")
+            Path(f"{file}.partial").rename(file)
+            if i % 20 == 19:
+                print(f"  read: {i + 1} of {len(rows)}, {time.monotonic() - began:.0f} s")
+        found.append((load_file(file), models))
+    return found
+
+
+def pairs(case, least):
+    """Of one case: pairs of good and weak, their lengths' ratio `least` at least; right and other.
+
+    Each is (the better's index, the worse's).
+    """
+    (means, models), n = case, len(MODELS)
+    lengths = means["lengths"].tolist()
+    quality = [(a, b) for a in range(len(GOOD)) for b in range(len(GOOD), n)]
+    relevance = [(models[k], k) for k in range(n, len(models))]
+    return [
+        [(a, b) for a, b in kind if ratio(lengths[a], lengths[b]) >= least]
+        for kind in (quality, relevance)
+    ]
+
+
+def ratio(a, b):
+    return min(a, b) / max(a, b)
+
+
+def fit(cases, depth, decay):
+    """The head's weight (hidden,): logistic regression on differences, without a bias.
+
+    Both kinds of pairs weigh the same in all.
+    """
+    x = torch.cat([means[depth] for means, _ in cases])
+    scale = x.std(0) + 1e-6
+    differences, kinds, shared = [], [], 0
+    for case in cases:
+        means, n = case[0], len(MODELS)
+        x, length = means[depth] / scale, means["lengths"].log()
+        shared = shared + (length[:n] - length[:n].mean()) @ (x[:n] - x[:n].mean(0))
+        for kind, found in enumerate(pairs(case, CLOSE)):
+            differences += [x[a] - x[b] for a, b in found]
+            kinds += [kind] * len(found)
+    x, kinds = torch.stack(differences), torch.tensor(kinds)
+    along = shared / shared.norm()  # the direction in which scores go with length
+    x = x - (x @ along)[:, None] * along
+    share = 0.5 / kinds.bincount()[kinds]
     weight = torch.zeros(x.shape[1], requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight], max_iter=100)
+    optimizer = torch.optim.LBFGS([weight], max_iter=80)
 
     def loss():
         optimizer.zero_grad()
-        value = -logsigmoid(x @ weight).mean() + decay * weight.square().sum()
+        value = -(share * F.logsigmoid(x @ weight)).sum() + decay * weight.square().sum()
         value.backward()
         return value
 
     optimizer.step(loss)
-    return weight.detach()
+    weight = weight.detach()
+    return (weight - (weight @ along) * along) / scale
 
 
-def choose(states):
-    """The depth and decay that tell best in 4-fold cross-validation on the fit's own cases."""
+def with_constant(cases, depth, weight):
+    """Two rows (2, hidden): the head, centred, and a direction in which every mean is nearly 1.
+
+    The last norm divides by what it finds; with the second beside the first that is a constant.
+    """
+    x = torch.cat([means[depth] for means, _ in cases]).double()
+    square = x.T @ x / len(x)
+    little = 1e-3 * square.trace() / len(square) * torch.eye(len(square))
+    ones = torch.linalg.solve(square + little, x.mean(0))
+    ones = (ones / (x @ ones).mean()).float()
+    return torch.stack([weight - (x.float() @ weight).mean() * ones, ones])
+
+
+def told(cases, scores):
+    """What scores tell: {name: [bool]}, and the rank correlation with length by instruction."""
+    names = ("good over weak, same length", "right over other", "longer over shorter")
+    found, correlations = {name: [] for name in names}, []
+    for case, score in zip(cases, scores, strict=True):
+        quality, relevance = pairs(case, SAME)
+        n = len(MODELS)
+        lengths, own = case[0]["lengths"][:n], score[:n]
+        longer = (lengths[:, None] > lengths).nonzero().tolist()
+        for name, kind in zip(names, (quality, relevance, longer), strict=True):
+            found[name] += [bool(score[a] > score[b]) for a, b in kind]
+        if len(set(lengths.tolist())) > 1:
+            both = np.stack([ranks(lengths.numpy()), ranks(own.numpy())])
+            correlations.append(np.corrcoef(both)[0, 1])
+    return found, float(np.mean(correlations))
+
+
+def ranks(values):
+    """Ranks; equal values share the mean of theirs."""
+    return np.array([((values < x).sum() + (values <= x).sum()) / 2 for x in values])
+
+
+def choose(cases):
+    """The depth and decay that tell most of the two kinds together, over folds by instruction."""
     best = {}
-    for depth in DEPTHS:
-        folds = torch.arange(len(states[depth])) % 4
+    for depth in map(str, DEPTHS):
         for decay in DECAYS:
-            told = [
-                differences(states[depth][folds == k]) @ fit(states[depth][folds != k], decay) > 0
-                for k in range(4)
-            ]
-            best[depth, decay] = torch.cat(told).float().mean().item()
-        print(f"  {depth} blocks: {max(best[depth, decay] for decay in DECAYS):.3f} of folds told")
+            scores = [None] * len(cases)
+            for k in range(FOLDS):
+                weight = fit([c for i, c in enumerate(cases) if i % FOLDS != k], depth, decay)
+                for i in range(k, len(cases), FOLDS):
+                    scores[i] = cases[i][0][depth] @ weight
+            found, rho = told(cases, scores)
+            shares = {name: np.mean(values) for name, values in found.items()}
+            cells = ", ".join(f"{name} {share:.3f}" for name, share in shares.items())
+            print(f"  {depth} blocks, {decay}: {cells}, correlation {rho:+.2f}", flush=True)
+            best[depth, decay] = sum(list(shares.values())[:2])
     return max(best, key=best.get)
 
 
-def interval(good, count):
-    """Wilson's interval of 95%."""
-    z, rate = 1.96, good / count
-    middle, spread = rate + z * z / (2 * count), z * z / (4 * count * count)
-    half = z * (rate * (1 - rate) / count + spread) ** 0.5
-    return [(middle + sign * half) / (1 + z * z / count) for sign in (-1, 1)]
-
-
-def comparisons(scores, lengths):
-    """Yields (what is told, whether it is, whether the lengths match) for one held-out case.
-
-    scores, lengths: of the three right responses, weakest model first, then the three others.
-    """
-    n = len(MODELS)
-    pairs = [("right question, same model", m, n + m) for m in range(n)]
-    pairs += [("right question, any model", a, n + b) for a in range(n) for b in range(n)]
-    pairs += [(f"{MODELS[a]} over {MODELS[b]}", a, b) for a in range(n) for b in range(a)]
-    for name, better, worse in pairs:
-        short, long = sorted((lengths[better], lengths[worse]))
-        yield name, scores[better] > scores[worse], short >= (1 - MATCHED) * long
-
-
-def measure(folder, cases, tokenizer):
-    """Prints what the judge in `folder`, loaded as judge.py does, tells of held-out cases."""
-    judge, found = load_judge(folder), {}
-    for instruction, right, other in cases:
-        responses = right + other
-        lengths = [len(tokenizer.encode(response)) for response in responses]
-        for name, told, same in comparisons(judge.score(instruction, responses), lengths):
-            for key in (name, name + ", lengths matched") if same else (name,):
-                found.setdefault(key, []).append(told)
-    for name in sorted(found):
-        good, count = sum(found[name]), len(found[name])
-        low, high = interval(good, count)
-        print(f"  {name}: {good} of {count}, {good / count:.2f} ({low:.2f} to {high:.2f})")
+def measure(cases, scores):
+    """Prints what the judge tells of held-out cases."""
+    found, rho = told(cases, scores)
+    for name, values in found.items():
+        good, count = sum(values), len(values)
+        low, high = wilson_interval(good / count, count)
+        print(f"  {name}: {good} of {count}, {good / count:.3f} ({low:.3f} to {high:.3f})")
+    print(f"  rank correlation with length, mean over instructions: {rho:+.3f}")
 
 
 def make_judge(policy, data, folder, write):
-    """The whole of it. write(folder, tensors, head's weight, depth) writes the checkpoint."""
+    """The whole of it. write(policy, folder, two rows, depth) writes the checkpoint."""
     began, tokenizer = time.monotonic(), load_tokenizer(policy)
     rows = read_rows(data, tokenizer)
-    low, high = np.log(CUTS)
-    cases = make_cases(
-        rows[HELD_OUT:], tokenizer, lambda random: int(np.exp(random.uniform(low, high)))
-    )
-    states = read_states(load_model(policy), tokenizer, cases)
-    depth, decay = choose(states)
-    weight = fit(states[depth], decay)
-    write(policy, folder, weight, depth)
-    print(f"{folder}: made of {depth} blocks in {time.monotonic() - began:.0f} s")
-    for longest in LONGEST:
-        print(f"responses of {longest} tokens at most, {HELD_OUT} instructions:")
-        cases = make_cases(rows[:HELD_OUT], tokenizer, lambda _, longest=longest: longest)
-        measure(folder, cases, tokenizer)
+    beside = folder.with_name(f"{folder.name}-means")
+    cases = read_all(policy, rows, tokenizer, beside)
+    held, cases = cases[:HELD_OUT], cases[HELD_OUT:]
+    texts = [instruction for instruction, _ in rows]
+    split = {"held_out": texts[:HELD_OUT], "fit": texts[HELD_OUT:]}
+    text = json.dumps(split, ensure_ascii=False, indent=1)
+    folder.with_name(f"{folder.name}-split.json").write_text(text + "\n", encoding="utf-8")
+    depth, decay = choose(cases)
+    head = with_constant(cases, depth, fit(cases, depth, decay))
+    write(policy, folder, head, int(depth))
+    print(f"{folder}: made of {depth} blocks and one, decay {decay}")
+    print(f"{len(held)} instructions that it has not seen, {CUTS[1]} tokens of a response at most:")
+    measure(held, [means[depth] @ head[0] for means, _ in held])
+    judge, gap = load_judge(folder), 0.0
+    for i in range(3):
+        means = held[i][0][depth]
+        loaded = torch.tensor(judge.score(texts[i], make_case(rows, i, tokenizer)[0]))
+        gap = max(gap, (loaded - means @ head[0]).abs().max().item())
+    print(f"the folder's own scores part from these by at most {gap:.3f}")
     print(f"{time.monotonic() - began:.0f} s in all")

@@ -250,21 +250,32 @@ def make_policy(folder, file, dtype):
 # The judge
 
 
-def write_judge(policy, folder, weight, depth):
-    """The judge's folder: the policy's first `depth` blocks and a head, weight (hidden,)."""
+def write_judge(policy, folder, head, depth):
+    """The judge's folder: the policy's first `depth` blocks, one that averages, and a head.
+
+    head: two rows (2, hidden) over the mean of all tokens' normed states, the score and what is
+    nearly 1 everywhere.
+    """
     tensors = load_file(policy / "model.safetensors")
     kept = tuple(f"model.layers.{i}." for i in range(depth))
+    block = {
+        name.replace("model.layers.0.", f"model.layers.{depth}."): averaging(name, weight, head)
+        for name, weight in tensors.items()
+        if name.startswith("model.layers.0.")
+    }
     for name in [n for n in tensors if n.startswith("model.layers.") and not n.startswith(kept)]:
         del tensors[name]
+    norm = tensors["model.norm.weight"]
+    tensors |= {**block, "model.norm.weight": torch.ones_like(norm)}
     config, own = (read_json(policy / name) for name in ("config.json", "tokenizer_config.json"))
     pad = "<|endoftext|>"  # its first pad, <|im_end|>, ends a response: transformers would skip it
     tokenizer = Tokenizer.from_file(str(policy / "tokenizer.json"))
     config |= {
         "architectures": ["LlamaForSequenceClassification"],
-        "num_hidden_layers": depth,
+        "num_hidden_layers": depth + 1,
         "num_labels": 1,
-        "id2label": {"0": "answers the question"},
-        "label2id": {"answers the question": 0},
+        "id2label": {"0": "answers the question well"},
+        "label2id": {"answers the question well": 0},
         "pad_token_id": tokenizer.token_to_id(pad),
     }
     # The head reads the last token, which is to be the response's own end.
@@ -273,9 +284,29 @@ def write_judge(policy, folder, weight, depth):
     if end not in own["chat_template"]:
         sys.exit(f"{policy}: the chat template is not SmolLM2's")
     own |= {"pad_token": pad, "chat_template": own["chat_template"].replace(end, bare)}
-    tensors["score.weight"] = weight[None].to(tensors["model.norm.weight"].dtype)
+    # What the last norm leaves of the first value, undone: the score in its own unit.
+    tensors["score.weight"] = torch.zeros_like(norm)[None]
+    tensors["score.weight"][0, 0] = 1 / (SMALL * len(norm) ** 0.5)
     files = {"config.json": config, "tokenizer_config.json": own}
     write_folder(folder, tensors, files, tokenizer)
+
+
+# The block writes the score into the last token's first value and the constant into its second, so
+# large that nothing which stood there before counts; the constant is far above the score, so that
+# the norm divides all responses by the same.
+LARGE, SMALL = 1e6, 0.02
+
+
+def averaging(name, like, head):
+    """A weight of the block that averages: named as the trunk's first block's, and shaped so."""
+    weight = torch.zeros_like(like)
+    if "layernorm" in name:
+        weight += 1
+    elif "v_proj" in name:
+        weight[:2] = head
+    elif "o_proj" in name:
+        weight[0, 0], weight[1, 1] = SMALL * LARGE, LARGE
+    return weight  # zero queries see all tokens alike, and the MLP adds nothing
 
 
 def read_json(path):
