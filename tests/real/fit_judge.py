@@ -12,13 +12,13 @@ it. A linear head on that mean is fitted by the Bradley-Terry loss on two kinds 
 Whatever the score would owe to length is taken out of the head before it is fitted: over the
 responses to one instruction, score and logarithm of length have no covariance.
 
-HELD_OUT instructions, kept out of all this, tell what the judge can tell; five folds of the others
-choose the number of blocks and how far the head is held back.
+HELD_OUT instructions, kept out of all this, tell what the judge can tell; five folds of those that
+are fitted choose the number of blocks and how far the head is held back.
 
 In: the policy's folder and a file of instructions with one response of each of several models. Out:
 a LlamaForSequenceClassification with one label; beside it the means that were read, which a second
 call does not read again, and which instructions were used; figures on the terminal. Called by
-make.py: its command is there. An hour on one free core.
+make.py: its command is there. Twenty minutes on one free core.
 """
 
 import json
@@ -52,6 +52,7 @@ WEAK = (
 )
 MODELS = GOOD + WEAK
 HELD_OUT = 60  # instructions
+FITTED = 127  # instructions; the others of the file stay unseen, but for responses as others'
 FOLDS = 5
 DEPTHS = (16, 20)  # of 30 blocks
 DECAYS = (0.03, 0.1, 0.3)  # weight of the head's squared length
@@ -65,7 +66,7 @@ def read_rows(path, tokenizer):
     rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
     names = ("instruction", *MODELS)
     missing = {name for row in rows for name in names if name not in row}
-    if missing or len(rows) < 2 * HELD_OUT:
+    if missing or len(rows) < HELD_OUT + FITTED:
         sys.exit(
             f"{path}: found {len(rows)} rows, without {missing or 'nothing'}, expected {names}"
         )
@@ -138,13 +139,13 @@ def read_means(trunk, tokenizer, instruction, responses):
 
 
 def read_all(policy, rows, tokenizer, folder):
-    """read_means of every row, each kept in a file of the folder; what is there is not read again.
+    """read_means of the rows that are used, each kept in a file of the folder and not read again.
 
     Returns [(means and lengths, models)] in the order of rows.
     """
     folder.mkdir(parents=True, exist_ok=True)
     trunk, found, began = None, [], time.monotonic()
-    for i, (instruction, _) in enumerate(rows):
+    for i, (instruction, _) in enumerate(rows[: HELD_OUT + FITTED]):
         responses, models = make_case(rows, i, tokenizer)
         file = folder / f"{i}.safetensors"
         if not file.exists():
@@ -154,7 +155,7 @@ def read_all(policy, rows, tokenizer, folder):
             save_file(read_means(trunk, tokenizer, instruction, responses), f"{file}.partial")
             Path(f"{file}.partial").rename(file)
             if i % 20 == 19:
-                print(f"  read: {i + 1} of {len(rows)}, {time.monotonic() - began:.0f} s")
+                print(f"  read: {i + 1} of {HELD_OUT + FITTED}, {time.monotonic() - began:.0f} s")
         found.append((load_file(file), models))
     return found
 
@@ -282,7 +283,8 @@ def make_judge(policy, data, folder, write):
     cases = read_all(policy, rows, tokenizer, beside)
     held, cases = cases[:HELD_OUT], cases[HELD_OUT:]
     texts = [instruction for instruction, _ in rows]
-    split = {"held_out": texts[:HELD_OUT], "fit": texts[HELD_OUT:]}
+    used = HELD_OUT + FITTED
+    split = {"held_out": texts[:HELD_OUT], "fit": texts[HELD_OUT:used], "unused": texts[used:]}
     text = json.dumps(split, ensure_ascii=False, indent=1)
     folder.with_name(f"{folder.name}-split.json").write_text(text + "\n", encoding="utf-8")
     depth, decay = choose(cases)

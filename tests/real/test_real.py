@@ -6,6 +6,7 @@ Skipped where make.py has made no folder. Under two minutes on two cores:
     python -m pytest tests/real/test_real.py
 """
 
+import importlib.util
 import json
 import math
 from pathlib import Path
@@ -130,6 +131,35 @@ ANSWERS = {
     "Why do leaves turn red in autumn?": "Leaves stop making chlorophyll, and red pigments show.",
     "How is bread made to rise?": "Yeast eats sugar in the dough and fills it with gas.",
 }
+
+
+def test_a_judge_s_last_block_averages_over_all_tokens(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    fit_judge = importlib.import_module("fit_judge")
+    monkeypatch.setattr(fit_judge, "DEPTHS", (2,))
+    (question, answer), *others = ANSWERS.items()
+    answers = [answer, *(other for _, other in others)]
+    trunk = model.load_model(POLICY).model
+    trunk.layers = trunk.layers[:2]
+    means = fit_judge.read_means(trunk, tokenizer, question, answers)
+    cases = [(means, [])]
+    weight = torch.randn(means["2"].shape[1], generator=torch.Generator().manual_seed(0))
+    head = fit_judge.with_constant(cases, "2", weight)
+    make = load_make()
+    make.write_judge(POLICY, tmp_path / "judge", head, 2)
+    scores = torch.tensor(judge.load_judge(tmp_path / "judge").score(question, answers))
+    score, one = (means["2"] @ head.T).T
+    assert score.std() > 0.1 and (one - 1).abs().max() < 0.05
+    wide = (one.square() + (make.SMALL * score).square()).sqrt()
+    torch.testing.assert_close(scores, score / wide, rtol=0, atol=2e-3)
+
+
+def load_make():
+    """make.py here: the tests' own folders have others of that name."""
+    spec = importlib.util.spec_from_file_location("make_real", Path(__file__).with_name("make.py"))
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
 
 
 @pytest.mark.skipif(not JUDGE.is_dir(), reason="runs/smollm2-judge is not made: make.py --judge")
