@@ -18,7 +18,7 @@ are fitted choose the number of blocks and how far the head is held back.
 In: the policy's folder and a file of instructions with one response of each of several models. Out:
 a LlamaForSequenceClassification with one label; beside it the means that were read, which a second
 call does not read again, and which instructions were used; figures on the terminal. Called by
-make.py: its command is there. Twenty minutes on one free core.
+make.py: its command is there. Under an hour on two busy cores.
 """
 
 import json
