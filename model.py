@@ -4,8 +4,9 @@ In: a folder in Hugging Face's layout (config.json, safetensors, tokenizer.json,
 Out: `load_model(path)`, whose `model(tokens)` gives next-token logits, `load_tokenizer(path)`, and
 `save_model(model, path, source)`, which writes a folder that transformers and vLLM read back.
 
-Families: llama, mistral without a sliding window, qwen2. What the other files share (errors, JSON
-lines, options) comes last.
+Families: llama, mistral, qwen2, qwen3, smollm3, all without a sliding window. They are one block;
+`read_config` says what each changes. What the other files share (errors, JSON lines, options)
+comes last.
 
     python model.py --model DIR                    # what is in a checkpoint, and what it takes
 """
@@ -13,10 +14,12 @@ lines, options) comes last.
 import argparse
 import contextlib
 import hashlib
+import io
 import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -93,19 +96,26 @@ class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
+        self.rotated = config.rotated[layer]
         q_size = config.num_attention_heads * self.head_dim
         kv_size = config.num_key_value_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, q_size, bias=config.qkv_bias)
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.output_bias)
+        self.q_norm = self.k_norm = nn.Identity()
+        if config.head_norms:
+            self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
 
     def forward(self, x, cos, sin, attend):
         heads = (-1, self.head_dim)
-        q = self.q_proj(x).unflatten(2, heads).transpose(1, 2)  # (B, H, T, head_dim)
-        k = self.k_proj(x).unflatten(2, heads).transpose(1, 2)  # (B, KV, T, head_dim)
+        q = self.q_norm(self.q_proj(x).unflatten(2, heads)).transpose(1, 2)  # (B, H, T, head_dim)
+        k = self.k_norm(self.k_proj(x).unflatten(2, heads)).transpose(1, 2)  # (B, KV, T, head_dim)
         v = self.v_proj(x).unflatten(2, heads).transpose(1, 2)  # (B, KV, T, head_dim)
-        out = attend(self.layer, rotate(q, cos, sin), rotate(k, cos, sin), v)  # as q
+        if self.rotated:
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        out = attend(self.layer, q, k, v)  # as q
         return self.o_proj(out.transpose(1, 2).flatten(2))  # (B, T, hidden)
 
 
@@ -131,9 +141,10 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, attend, wanted=...):
+    def forward(self, x, cos, sin, attend, keep=None):
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
-        x = x[:, wanted]
+        if keep is not None:
+            x = x[:, keep]  # (B, len(keep), hidden)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -147,13 +158,13 @@ class Trunk(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.register_buffer("frequencies", rope_frequencies(config), persistent=False)
 
-    def forward(self, tokens, positions=None, attend=causal_attention, recompute=0, wanted=...):
+    def forward(self, tokens, positions=None, attend=causal_attention, recompute=0, keep=None):
         """(B, T) int64 -> (B, T, hidden).
 
         positions: (B, T) int64, default 0..T-1. attend: causal_attention, pack's or the KV
         cache's. recompute: gradient checkpointing, the number of blocks (from the first) that keep
-        only their input and are computed again in the backward pass. wanted: the places in T
-        that are returned, by default all; the last block's MLP, where no tokens meet, skips others.
+        only their input and are computed again in the backward pass. keep: the positions
+        in T that are needed after the last attention, by default all; the rest is left out.
         """
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
@@ -162,7 +173,7 @@ class Trunk(nn.Module):
         sin = torch.cat([-angles.sin(), angles.sin()], dim=-1)  # signed as rotate needs it
         x = self.embed_tokens(tokens)
         for i, block in enumerate(self.layers):
-            args = (x, cos, sin, attend, wanted if block is self.layers[-1] else ...)
+            args = (x, cos, sin, attend, keep if block is self.layers[-1] else None)
             x = checkpoint(block, *args, use_reentrant=False) if i < recompute else block(*args)
         return self.norm(x)
 
@@ -176,6 +187,14 @@ class LanguageModel(nn.Module):
         self.model = Trunk(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def device(self):
+        return self.model.embed_tokens.weight.device
+
+    @property
+    def dtype(self):
+        return self.model.embed_tokens.weight.dtype
 
     @property
     def head(self):
@@ -308,20 +327,21 @@ def pack(pieces, device="cpu"):
     return row[:1], row[1:], attend
 
 
-def fill(items, sizes, most):
-    """Cuts a list, in order, into lists whose sizes sum to `most` at most, or of one item.
+def batch_by_size(items, sizes, max_size):
+    """Groups consecutive items whose sizes sum to max_size or less; an oversized one is alone.
 
-    >>> fill("abcd", [3, 4, 9, 1], 8)
+    >>> batch_by_size("abcd", [3, 4, 9, 1], 8)
     [['a', 'b'], ['c'], ['d']]
     """
-    parts, room = [], 0
+    groups = []
+    room = 0
     for item, size in zip(items, sizes, strict=True):
         if size > room:
-            parts.append([])
-            room = most
-        parts[-1].append(item)
+            groups.append([])
+            room = max_size
+        groups[-1].append(item)
         room -= size
-    return parts
+    return groups
 
 
 SIZES = """
@@ -331,56 +351,126 @@ LLAMA3 = "factor low_freq_factor high_freq_factor original_max_position_embeddin
 ROPE_NUMBERS = {"default": (), "linear": ("factor",), "llama3": LLAMA3.split()}
 
 
+# The families, and what a key means in each where config.json leaves it out. Elsewhere it means
+# what llama means by it.
+FAMILIES = {
+    "llama": {},
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096},
+    "qwen3": {"num_key_value_heads": 32, "sliding_window": 4096, "head_dim": 128},
+    "smollm3": {"num_key_value_heads": 4, "rope_theta": 2e6, "tie_word_embeddings": True},
+}
+FLAGS = "tie_word_embeddings attention_bias mlp_bias use_sliding_window".split()
+
+
 def read_config(folder):
-    """The numbers of a config.json; refuses by name what is not llama, mistral or qwen2.
+    """The numbers of a config.json; refuses by name what is of no family here.
 
     Names are the file's; `rope` is transformers 5's `rope_parameters`, two keys in older files.
+    What a family changes: llama has a bias where `attention_bias` and `mlp_bias` ask for one,
+    mistral nowhere, qwen2 on q, k and v; qwen3 norms each head of q and k, and `attention_bias`
+    counts; smollm3 is llama with layers that do not rotate.
     """
     file = Path(folder) / "config.json"
     raw = read_json(file)
+    family = raw.get("model_type")
+    if not isinstance(family, str) or family not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise InputError(f"{file}: model_type is {family!r}; only {known} can be read")
+    raw = FAMILIES[family] | raw
 
     def check(good, key, expected):
-        expect(good, f"{file}: {key}", repr(raw.get(key)), expected)
+        if not good:
+            raise InputError(f"{file}: {key} is {raw.get(key)!r}, but must be {expected}")
 
-    family = raw.get("model_type")
-    check(family in ("llama", "mistral", "qwen2"), "model_type", "llama, mistral or qwen2")
-    check(raw.get("hidden_act", "silu") == "silu", "hidden_act", "silu")
-    if family == "mistral" or (family == "qwen2" and raw.get("use_sliding_window")):
-        window = raw.setdefault("sliding_window", 4096)  # what leaving it out means there
-        whole = window in (None, raw.get("max_position_embeddings"))
-        check(whole, "sliding_window", "null: full attention")
-    check(raw.get("partial_rotary_factor", 1) == 1, "partial_rotary_factor", "1: whole heads turn")
     for key in SIZES:
-        check(raw.get(key), key, "a whole number above 0")
+        check(is_count(raw.get(key)), key, "a whole number above 0")
+    for key in ("num_key_value_heads", "head_dim"):
+        check(raw.get(key) is None or is_count(raw[key]), key, "a whole number above 0")
+    for key in FLAGS:
+        check(raw.get(key) in (None, True, False), key, "true or false")
+    epsilon = raw.get("rms_norm_eps", 1e-6)
+    check(is_number(epsilon), "rms_norm_eps", "a number above 0")
+    # Two names of one function.
+    check(
+        raw.get("hidden_act", "silu") in ("silu", "swish"), "hidden_act", "silu, also called swish"
+    )
+
+    # In a sliding window a token sees only those near it. The later families use one where a flag
+    # asks for it, or in the layers that `layer_types` names.
+    kinds, window = raw.get("layer_types"), raw.get("sliding_window")
+    slides = window not in (None, raw["max_position_embeddings"])
+    if family in ("qwen2", "qwen3", "smollm3"):
+        slides = slides and bool(raw.get("use_sliding_window"))
+        if kinds is not None:
+            whole = kinds == ["full_attention"] * raw["num_hidden_layers"]
+            check(whole, "layer_types", "full_attention in every layer")
+            slides = False
+    if family != "llama":
+        check(not slides, "sliding_window", "null: full attention")
+
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    flat = kind in ROPE_NUMBERS and dict not in map(type, rope.values())
-    expect(flat, f"{file}: rope_type", repr(rope), "default, linear or llama3, of all layers")
+    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else None
+    if str(kind) not in ROPE_NUMBERS or dict in map(type, rope.values()):
+        raise InputError(
+            f"{file}: rope_type: {rope!r} is not default, linear or llama3, one for all"
+        )
     rope = {"rope_theta": raw.get("rope_theta") or 10000.0, **rope, "rope_type": kind}
     for key in ("rope_theta", *ROPE_NUMBERS[kind]):
-        expect(rope.get(key, 0) > 0, f"{file}: rope {key}", rope.get(key), "a number above 0")
-    heads, bias = raw["num_attention_heads"], family == "llama" and bool(raw.get("attention_bias"))
+        if not is_number(rope.get(key)):
+            raise InputError(
+                f"{file}: rope {key} is {rope.get(key)!r}, but must be a number above 0"
+            )
+    turned = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
+    if turned not in (None, 1):
+        raise InputError(f"{file}: partial_rotary_factor is {turned!r}, but whole heads must turn")
+
+    layers, heads = raw["num_hidden_layers"], raw["num_attention_heads"]
+    rotated = [1] * layers
+    if family == "smollm3":
+        every = raw.get("no_rope_layer_interval", 4)
+        check(is_count(every), "no_rope_layer_interval", "a whole number above 0")
+        rotated = [int((layer + 1) % every != 0) for layer in range(layers)]
+        if raw.get("no_rope_layers") is not None:  # named one by one: 1 is rotated, 0 is not
+            rotated = raw["no_rope_layers"]
+            good = isinstance(rotated, list) and set(map(str, rotated)) <= {"0", "1"}
+            check(good and len(rotated) >= layers, "no_rope_layers", "a 0 or 1 for each layer")
+    bias = family in ("llama", "qwen3", "smollm3") and bool(raw.get("attention_bias"))
     return SimpleNamespace(
         **{key: raw[key] for key in SIZES},
         num_key_value_heads=raw.get("num_key_value_heads") or heads,
         head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-        rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+        rms_norm_eps=float(epsilon),
         rope=rope,
         tie_word_embeddings=bool(raw.get("tie_word_embeddings")),
         qkv_bias=bias or family == "qwen2",
         output_bias=bias,
-        mlp_bias=family == "llama" and bool(raw.get("mlp_bias")),
+        mlp_bias=family in ("llama", "smollm3") and bool(raw.get("mlp_bias")),
+        head_norms=family == "qwen3",
+        rotated=rotated,
     )
+
+
+def is_count(value):
+    """A whole number above 0; JSON's true is none."""
+    return type(value) is int and value > 0
+
+
+def is_number(value):
+    """A finite number above 0."""
+    return type(value) in (int, float) and 0 < value < math.inf
 
 
 def stored_tensors(folder, device="cpu"):
     """Yields (file, name, tensor) of a checkpoint: of its one file, or the shards of its index."""
-    shards, index = ["model.safetensors"], folder / "model.safetensors.index.json"
+    shards = ["model.safetensors"]
+    index = folder / "model.safetensors.index.json"
     if index.exists() and not (folder / shards[0]).exists():
         shards = sorted(set(read_json(index).get("weight_map", {}).values()))
     for shard in shards:
-        plain, file = re.fullmatch(r"[\w-][\w.-]*", shard), folder / shard  # no way out of it
-        expect(plain, f"{index}: weight_map", repr(shard), "the name of a file in the folder")
+        file = folder / shard
+        if not re.fullmatch(r"[\w-][\w.-]*", shard):  # a path could lead out of the folder
+            raise InputError(f"{index}: weight_map names {shard!r}, which is no file's name")
         try:
             with safe_open(file, framework="pt", device=str(device)) as stored:
                 for name in stored.keys():  # noqa: SIM118, it is no dict
@@ -395,23 +485,61 @@ GIB = 2**30
 
 def load_weights(module, folder, device, dtype):
     """Fills a module built on the meta device. Reward heads, which read few tokens, are float32."""
-    tensors, tied = {}, "lm_head.weight" not in module.state_dict()
-    for file, name, found in stored_tensors(folder, device):
-        # Some tied checkpoints store the copy, some old ones the frequencies.
-        if name.endswith("inv_freq") or (tied and name == "lm_head.weight"):
+    tensors = {}
+    for file, name, stored in stored_tensors(folder, device):
+        if name.endswith("inv_freq"):  # some old checkpoints store the frequencies
             continue
         kind = dtype if name.startswith(("model.", "lm_head.")) else torch.float32
-        floats = found.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        expect(floats, f"{file}: {name}", found.dtype, "float32, bfloat16 or float16")
-        tensors[name] = found.to(kind, copy=True)
-        finite = tensors[name].isfinite().all()
-        expect(finite, f"{file}: {name}", "infinite values or NaN", f"finite {kind}")
-    try:
-        module.load_state_dict(tensors, assign=True)
-    except RuntimeError as error:  # it names what is missing, unknown or of another shape
-        raise InputError(f"{folder}: {error}") from None
+        if stored.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise InputError(
+                f"{file}: {name} is {stored.dtype}; float32 and 16-bit floats are read"
+            )
+        tensors[name] = stored.to(kind, copy=True)
+        if not tensors[name].isfinite().all():
+            raise InputError(f"{file}: {name} has infinite values or NaN in {kind}")
+    if "lm_head.weight" not in module.state_dict():
+        settle_head(module, tensors)
+    check_shapes(module, tensors, folder)
+    module.load_state_dict(tensors, assign=True)
     module.model.frequencies = rope_frequencies(module.config).to(device)
     return module.eval()
+
+
+def settle_head(module, tensors):
+    """Makes one tensor of a tied checkpoint's embedding and head, of which it may store both.
+
+    Where they differ, the flag is wrong (a merged adapter leaves it so) and both are used.
+    """
+    head = tensors.pop("lm_head.weight", None)
+    if head is None or not isinstance(module, LanguageModel):  # a reward model has no use for it
+        return
+    embedding = tensors.setdefault("model.embed_tokens.weight", head)
+    if not torch.equal(embedding, head):
+        module.config.tie_word_embeddings = False
+        module.lm_head = nn.Linear(*head.shape[::-1], bias=False, device="meta")
+        tensors["lm_head.weight"] = head
+
+
+def check_shapes(module, tensors, folder):
+    """Refuses tensors that are not the module's; names the first one, and how many more."""
+    expected = {name: list(tensor.shape) for name, tensor in module.state_dict().items()}
+    found = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    labels = found.get("score.weight", [1])[0]
+    if "score.weight" in expected and labels != 1:
+        raise InputError(
+            f"{folder}: this reward model has {labels} labels; take one with a single label"
+        )
+    wrong = [n for n in {**expected, **found} if found.get(n) != expected.get(n)]
+    if not wrong:
+        return
+    name, *others = wrong
+    shape = f"has the shape {found.get(name)} there, {expected.get(name)} by config.json"
+    if name not in found:
+        shape = "is not there"
+    elif name not in expected:
+        shape = "has no place in the model that config.json describes"
+    more = f" (and {len(others)} more tensors do not fit)" if others else ""
+    raise InputError(f"{folder}: the weights do not fit: {name} {shape}{more}")
 
 
 def load_model(path, device="cpu", dtype=torch.float32):
@@ -434,13 +562,15 @@ def save_model(model, path, source):
         config = read_json(source / "config.json")
         dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
         config["dtype" if "dtype" in config else "torch_dtype"] = dtype
+        if not model.config.tie_word_embeddings:  # the source's flag may be wrong
+            config["tie_word_embeddings"] = False
         write_json(aside / "config.json", config)
 
 
 class Tokenizer:
     """tokenizer.json with the checkpoint's own chat template and stop tokens.
 
-    special: bos_token, eos_token, ... as text. template: compiled by jinja2, or None.
+    special: bos_token, eos_token, ... as text, for the template. template: compiled, or None.
     """
 
     def __init__(self, folder):
@@ -449,29 +579,45 @@ class Tokenizer:
             self.tokenizer = TokenizersTokenizer.from_file(str(file))
         except Exception as error:  # tokenizers raises bare Exception
             raise InputError(f"{file}: not a tokenizer: {error}") from None
-        own, generation, config = (
-            read_json(folder / name) if (folder / name).exists() else {}
-            for name in ("tokenizer_config.json", "generation_config.json", "config.json")
+        # Saved after a training that cut or padded its texts, a tokenizer.json says so. No one asks
+        # for either here.
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        own, named, generation, config = (
+            read_json(folder / f"{name}.json") if (folder / f"{name}.json").exists() else {}
+            for name in ("tokenizer_config", "special_tokens_map", "generation_config", "config")
         )
         self.template = read_template(folder, own)
-        special = {key: own[key] for key in ("bos_token", "eos_token", "pad_token") if own.get(key)}
-        self.special = {k: v["content"] if isinstance(v, dict) else v for k, v in special.items()}
-        stops = generation.get("eos_token_id", [])
-        stops = set(stops if isinstance(stops, list) else [stops]) - {None}
-        vocab = self.tokenizer.get_vocab()
-        if "eos_token" in self.special:
-            stops.add(vocab.get(self.special["eos_token"]))
-        expect(None not in stops, f"{folder}: eos_token", self.special, "tokens of tokenizer.json")
+        self.special = special_tokens(folder, own, named)
+        # Where one file does not say what ends an output, the other does.
+        source, stops = "generation_config.json", generation.get("eos_token_id")
+        if stops is None:
+            source, stops = "config.json", config.get("eos_token_id")
+        stops = [] if stops is None else stops if isinstance(stops, list) else [stops]
+        if any(type(stop) is not int for stop in stops):
+            raise InputError(f"{folder}/{source}: eos_token_id is {stops!r}, but must be token ids")
+        vocab, eos = self.tokenizer.get_vocab(), self.special.get("eos_token")
+        if eos is not None:
+            if eos not in vocab:
+                raise InputError(
+                    f"{folder}: eos_token is {eos!r}, which tokenizer.json does not have"
+                )
+            stops = [*stops, vocab[eos]]
         top, rows = max([*stops, *vocab.values()]), config.get("vocab_size", math.inf)
-        expect(top < rows, file, f"token id {top}", f"one below config.json's vocab_size, {rows}")
-        self.stop_ids = tuple(sorted(stops))
+        if not is_count(rows) and rows != math.inf:
+            raise InputError(f"{folder}/config.json: vocab_size is {rows!r}, but must be a number")
+        if top >= rows:
+            raise InputError(f"{file}: token id {top} is beyond config.json's vocab_size, {rows}")
+        self.stop_ids = tuple(sorted(set(stops)))
 
     def encode(self, text, add_special_tokens=True):
         """Token ids of a text, list of int; BOS and the like as Hugging Face adds them."""
         try:
             return self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         except TypeError:
-            raise InputError(f"{text[:99]!r}: found half a surrogate pair, expected text") from None
+            raise InputError(
+                f"{text[:99]!r} holds half a surrogate pair, which is no text"
+            ) from None
 
     def decode(self, ids, skip_special_tokens=False):
         return self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
@@ -479,10 +625,13 @@ class Tokenizer:
     def render_chat(self, messages, add_generation_prompt=True):
         """The chat as text. messages: a list of {"role": ..., "content": ...}."""
         where = f"{self.folder}: chat_template"
-        expect(self.template is not None, where, "none", "one in tokenizer_config.json")
+        if self.template is None:
+            raise InputError(f"{where} is missing, in tokenizer_config.json and beside it")
         values = {"messages": messages, "add_generation_prompt": add_generation_prompt}
+        # Thoughts are asked for in text here, so a template that can think of itself does not.
+        values |= {"tools": None, "documents": None, "enable_thinking": False}
         try:
-            return self.template.render(**values, tools=None, documents=None, **self.special)
+            return self.template.render(**self.special | values)
         except Exception as error:  # whatever a stranger's template does wrong, in its own words
             raise InputError(f"{where}: {type(error).__name__}: {error}") from None
 
@@ -496,22 +645,61 @@ def load_tokenizer(path):
     return Tokenizer(checkpoint_folder(path))
 
 
+def special_tokens(folder, own, named):
+    """Name and text of each special token, of tokenizer_config.json and special_tokens_map.json.
+
+    As in transformers: the second file counts, and then wins, where the first has no
+    added_tokens_decoder, which later versions wrote. Models may name tokens of their own.
+    """
+    values = own if "added_tokens_decoder" in own else own | named
+    values = {key: value for key, value in values.items() if key.endswith("_token")}
+    more = own.get("extra_special_tokens")
+    if isinstance(more, dict):  # named ones; a list has no names to be used by
+        values |= more
+    special = {}
+    for key, value in values.items():
+        token = value.get("content") if isinstance(value, dict) else value
+        if isinstance(token, str):
+            special[key] = token
+        elif token is not None and type(token) is not bool:  # add_bos_token is no token
+            raise InputError(f"{folder}: {key} is {value!r}, but must be a token's text")
+    return special
+
+
 def read_template(folder, config):
     """The compiled chat template: chat_template.jinja, or tokenizer_config's; None without one.
 
     It comes from strangers, so it runs in jinja2's sandbox, with the names that transformers gives.
     """
-    import jinja2  # installed with torch
+    import jinja2.ext  # installed with torch
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     def raise_exception(message):
         raise jinja2.TemplateError(message)
 
-    def tojson(value, indent=None):  # jinja2's own escapes HTML, which no model was trained on
-        return json.dumps(value, ensure_ascii=False, indent=indent)
+    # jinja2's own escapes HTML, which no model was trained on. The order is that of transformers.
+    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        how = {"separators": separators, "sort_keys": sort_keys}
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **how)
+
+    class Generation(jinja2.ext.Extension):
+        """{% generation %}: marks what the assistant wrote, for trainers. It changes no text."""
+
+        tags = frozenset({"generation"})
+
+        def parse(self, parser):
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+            inside = jinja2.nodes.CallBlock(self.call_method("render"), [], [], body)
+            return inside.set_lineno(line)
+
+        def render(self, caller):
+            return caller()
 
     blocks = {"trim_blocks": True, "lstrip_blocks": True}
-    sandbox = ImmutableSandboxedEnvironment(**blocks, extensions=["jinja2.ext.loopcontrols"])
+    sandbox = ImmutableSandboxedEnvironment(
+        **blocks, extensions=[Generation, "jinja2.ext.loopcontrols"]
+    )
     sandbox.filters["tojson"] = tojson
     sandbox.globals["raise_exception"] = raise_exception
     sandbox.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
@@ -527,18 +715,19 @@ def read_template(folder, config):
 
 
 class InputError(Exception):
-    """An error the user can fix; the message is one line: the culprit, found, expected."""
+    """An error that the user can fix, in one line: where it is, what is wrong, what to do."""
 
 
-def expect(good, what, found, expected):
-    """Raises an InputError that says what, found and expected, unless `good`."""
-    if not good:
-        raise InputError(f"{what}: found {found}, expected {expected}")
+def run_main(main, resumes=False):
+    """Runs a module's main(): an error that the user can fix ends in one line and exit status 2.
 
-
-def run_main(main):
-    """Runs a module's main(): an error the user can fix ends in one line and exit status 2."""
+    resumes: whether the same command goes on where a stop left it; Ctrl-C then shows it.
+    """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    # What a terminal cannot show, or a pipe did not encode, is replaced: an answer is not lost.
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     sys.stdout.reconfigure(line_buffering=True)  # into a pipe too
     try:
         main()
@@ -547,8 +736,8 @@ def run_main(main):
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        command = " ".join([Path(sys.executable).name, *sys.argv])
-        print(f"\nstopped; to resume: {command}", file=sys.stderr)
+        command = shlex.join([Path(sys.executable).name, *sys.argv])
+        print("\nstopped" + f"; to resume: {command}" * resumes, file=sys.stderr)
         sys.exit(130)
 
 
@@ -566,7 +755,7 @@ def write_whole(path, folder=False, aside=None):
             aside.mkdir(parents=True)
         yield aside
         for file in aside.iterdir() if folder else [aside]:
-            with open(file, "rb") as written:
+            with open(file, "rb+") as written:  # Windows syncs only what is open for writing
                 os.fsync(written.fileno())
         os.replace(aside, path)
     except (SafetensorError, OSError) as error:  # errors of a full disk do not name the file
@@ -584,28 +773,24 @@ def write_jsonl(path, rows):
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def write_groups(path, items, group, key, make_rows, label, unit, each=1):
-    """Writes a file of JSON lines, one for each item, `group` at a time: a kill loses one group.
+def write_rows(path, items, key, make_rows):
+    """Writes a file of JSON lines, one row an item, in order; a kill loses only the row in hand.
 
-    make_rows(part, bar) gives the rows of some items, and moves the bar by `each` an item. The
-    rows stand beside `path`, in a file named after `key`, what they depend on, until all are
-    there. So the same call resumes, and another one does not take its rows.
+    make_rows(items) yields the rows of the items that are left. Until all are there, the rows
+    stand beside `path` in a file named after `key`, which is what they depend on: the same call
+    resumes, and a call with other options starts its own file.
     """
     path = Path(path)
     if path.exists():
-        return
+        raise InputError(f"{path} exists already: remove it, or name another file")
     partial = path.with_name(f"{path.name}.{hash_of(key)[:8]}.partial")
     with write_whole(path, aside=partial), open(partial, "ab+") as file:
         file.seek(0)
-        lines = [line for line in file if line.endswith(b"\n")]
-        done = len(lines) // group * group
-        file.truncate(sum(map(len, lines[:done])))
-        with progress_bar(label, len(items) * each, done * each, unit) as bar:
-            for first in range(done, len(items), group):
-                for row in make_rows(items[first : first + group], bar):
-                    file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
+        whole_lines = [line for line in file if line.endswith(b"\n")]
+        file.truncate(sum(map(len, whole_lines)))  # half a line, where a kill came in its midst
+        for row in make_rows(items[len(whole_lines) :]):
+            file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+            file.flush()
 
 
 def read_json(path, kind=dict):
@@ -617,18 +802,36 @@ def read_jsonl(path):
     """Yields (line number, row as a dict) of a file of JSON lines; passes over blank lines."""
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
-            if line.strip():
+            if line.strip(b" \t\r\n\xef\xbb\xbf"):
                 yield number, parse_json(f"{path}:{number}", line, dict)
 
 
+def read_json_rows(path):
+    """Yields (place, row as a dict) of JSON lines or of one JSON list, whatever the file's name."""
+    with open(path, "rb") as file:
+        is_list = file.read(4096).lstrip(b" \t\r\n\xef\xbb\xbf").startswith(b"[")
+    if not is_list:
+        for number, row in read_jsonl(path):
+            yield f"{path}:{number}", row
+        return
+    for number, row in enumerate(read_json(path, list), 1):
+        if not isinstance(row, dict):
+            raise InputError(f"{path}: entry {number} is {row!r:.40}, not a JSON object")
+        yield f"{path}: entry {number}", row
+
+
 def parse_json(where, data, kind):
+    """The value of UTF-8 JSON, with or without a byte order mark; `where` is for the error."""
     try:
-        value = json.loads(data.decode("utf-8"))
+        value = json.loads(data.decode("utf-8-sig"))
         if b"\\ud" in data.lower():  # half of a surrogate pair can be escaped, but is no text
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: not UTF-8 JSON: {error}") from None
-    expect(isinstance(value, kind), where, f"a {type(value).__name__}", f"a JSON {kind.__name__}")
+    if not isinstance(value, kind):
+        names = {dict: "object", list: "list", str: "string", int: "number", float: "number"}
+        found = names.get(type(value), str(value))
+        raise InputError(f"{where}: a JSON {found} where a JSON {names[kind]} should be")
     return value
 
 
@@ -663,18 +866,23 @@ def checkpoint_folder(path):
 
 
 def check_device(device):
-    """torch.device, refused by name where it is not there."""
+    """torch.device of a name: the CPU or a CUDA GPU; another, or one that is not there, is refused.
+
+    Others lack what this code needs: float64 on mps, for one.
+    """
+    name = str(device)
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise InputError(f"--device {name}: not supported; take cpu, cuda or cuda:1")
     try:
-        device = torch.device(device)
-        torch.zeros(1, device=device).item()
+        torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"--device {device}: {str(error).splitlines()[0]}") from None
+        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
     # cuDNN's attention builds a plan for every new shape, and here nearly every shape is new.
     torch.backends.cuda.enable_cudnn_sdp(False)
-    return device
+    return torch.device(name)
 
 
-def stream(seed, *names):
+def random_stream(seed, *names):
     """The numpy Generator of one named purpose, which shares no draw with another."""
     digest = hashlib.sha256("/".join(map(str, (seed, *names))).encode()).digest()
     return np.random.default_rng(np.frombuffer(digest, dtype=np.uint32))
@@ -687,8 +895,12 @@ def progress_bar(label, total, done, unit):
 
 
 def option(default, help, low=None, high=math.inf, choices=None):
-    """A dataclass field that is also a command line option. low, high: a number's range."""
-    return field(default=default, metadata={"help": help, "range": (low, high), "choices": choices})
+    """A field of a dataclass of options: all that the command line says of it, on one line.
+
+    low, high: the range of a number.
+    """
+    limits = {"low": low, "high": high, "choices": choices}
+    return field(default=default, metadata={"help": help, **limits})
 
 
 @dataclass
@@ -701,38 +913,70 @@ class Device:
 
 
 def make_parser(description, *classes):
-    """A parser with the options of dataclasses made of `option` fields."""
+    """A parser with the options of some dataclasses.
+
+    A command's own class comes first: its default and help win over those of a stage that it calls.
+    """
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
-    parser.error = lambda message: expect(False, "the command", message, "as in --help")
-    items = [item for options in classes for item in fields(options)]
-    for item in {item.name: item for item in items}.values():
-        kinds = {"type": item.type, "choices": item.metadata["choices"]}
-        if item.type is bool:  # --no-NAME, so that a flag wins over a recipe's true
-            kinds = {"action": argparse.BooleanOptionalAction}
-        text = f"{item.metadata['help']} (default {item.default})".replace("%", "%%")
-        name = "--" + item.name.replace("_", "-")
-        parser.add_argument(name, default=item.default, help=text, **kinds)
+    parser.error = refuse
+    own_names = {item.name for options in classes[:1] for item in fields(options)}
+    for options in classes:
+        for item in fields(options):
+            if options is not classes[0] and item.name in own_names:
+                continue
+            name = "--" + item.name.replace("_", "-")
+            text = item.metadata["help"] + f" (default {item.default})" * (item.default is not None)
+            text = text.replace("%", "%%")
+            if item.type is bool:  # --no-NAME too, so that a flag wins over a recipe's true
+                action = argparse.BooleanOptionalAction
+                parser.add_argument(name, action=action, default=item.default, help=text)
+            else:
+                kind = number_between(item) if item.metadata["low"] is not None else item.type
+                choices = item.metadata["choices"]
+                parser.add_argument(
+                    name, type=kind, choices=choices, default=item.default, help=text
+                )
     return parser
 
 
+def refuse(message):
+    """A parser's error, in argparse's own words, as the one line of every other error."""
+    raise InputError(message)
+
+
+def number_between(item):
+    """What turns the text of an option into a number, and refuses one out of its range."""
+    low, high = item.metadata["low"], item.metadata["high"]
+
+    def parse(text):
+        value = item.type(text)
+        if not (low <= value <= high and value < math.inf):
+            upper = "" if high == math.inf else f" and at most {high}"
+            raise argparse.ArgumentTypeError(f"{text} is out of range: at least {low}{upper}")
+        return value
+
+    parse.__name__ = item.type.__name__  # for argparse's "invalid int value"
+    return parse
+
+
 def options_of(options, args):
-    """A dataclass of options from a parser's result; refuses a number out of its range."""
-    values = {item.name: getattr(args, item.name) for item in fields(options)}
-    for item in fields(options):
-        (low, high), value = item.metadata["range"], values[item.name]
-        good = low is None or value is None or (low <= value <= high and value < math.inf)
-        name = "--" + item.name.replace("_", "-")
-        expect(good, name, value, f"a number from {low} to {high}")
-    if values.get("deterministic"):
+    """A dataclass of options, filled from what the parser read."""
+    return options(**{item.name: getattr(args, item.name) for item in fields(options)})
+
+
+def set_deterministic(device_options):
+    """Asks torch for kernels that give equal bits in every run, where --deterministic is set."""
+    if device_options.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as torch asks for
         torch.use_deterministic_algorithms(True)
-    return options(**values)
 
 
 def check_output(path):
     """Refuses, before the long work, an output that exists or has no folder to be in."""
-    there = Path(path).exists() or not Path(path).parent.is_dir()
-    expect(not there, path, "a file or no folder for it", "a path still to be made")
+    if Path(path).exists():
+        raise InputError(f"{path} exists already: remove it, or name another output")
+    if not Path(path).parent.is_dir():
+        raise InputError(f"{path}: there is no folder {Path(path).parent}; make it first")
 
 
 def main():

@@ -73,6 +73,7 @@ def tensor_shapes(config):
     kv_heads = config.get("num_key_value_heads") or heads
     head_dim = config.get("head_dim") or hidden // heads
     qwen = config["model_type"] == "qwen2"
+    tied = config.get("tie_word_embeddings", config["model_type"] == "smollm3")
     attention_bias, mlp_bias = config.get("attention_bias"), config.get("mlp_bias")
     linear = {  # name: (out, in, has a bias)
         "self_attn.q_proj": (heads * head_dim, hidden, qwen or attention_bias),
@@ -90,12 +91,15 @@ def tensor_shapes(config):
             shapes[f"{layer}.{name}.weight"] = (rows, columns)
             if bias:
                 shapes[f"{layer}.{name}.bias"] = (rows,)
+        if config["model_type"] == "qwen3":
+            shapes[f"{layer}.self_attn.q_norm.weight"] = (head_dim,)
+            shapes[f"{layer}.self_attn.k_norm.weight"] = (head_dim,)
         shapes[f"{layer}.input_layernorm.weight"] = (hidden,)
         shapes[f"{layer}.post_attention_layernorm.weight"] = (hidden,)
     shapes["model.norm.weight"] = (hidden,)
     if config["architectures"][0].endswith("ForSequenceClassification"):
         shapes["score.weight"] = (1, hidden)
-    elif not config.get("tie_word_embeddings"):
+    elif not tied:
         shapes["lm_head.weight"] = (config["vocab_size"], hidden)
     return shapes
 

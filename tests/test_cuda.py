@@ -196,8 +196,14 @@ def fill(make, dtype=torch.bfloat16):
     return module
 
 
+def config_of(values):
+    """As read_config gives it, of a llama."""
+    same = {"rotated": [1] * values["num_hidden_layers"], "head_norms": False}
+    return SimpleNamespace(**same, **values)
+
+
 def fill_model(config=TINY, dtype=torch.bfloat16):
-    return fill(lambda: lm.LanguageModel(SimpleNamespace(**config)), dtype)
+    return fill(lambda: lm.LanguageModel(config_of(config)), dtype)
 
 
 both_dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -248,7 +254,7 @@ def test_the_optimizer_keeps_its_state_in_float32(fake, dtype, place):
 
 
 @both_dtypes
-def test_decoding(fake, dtype):
+def test_decoding(fake, monkeypatch, dtype):
     """Prefill, cache, steps of rows that end at different times, drawing up to its one wait."""
     model = fill_model(TINY, dtype)
     decoder = sample.Decoder(model, 3, 40)
@@ -263,8 +269,9 @@ def test_decoding(fake, dtype):
     uniforms = torch.zeros(2, 2, dtype=torch.float64, device=CUDA)
     assert sample.draw(logits, uniforms, 0.8, 0.95) == [1, 1]
     assert fake.waits == waits + 2
-    generate = torch.no_grad()(sample.generate.__wrapped__)  # inference mode hides the fake device
-    completions = generate(model, [[5, 6], [7, 8, 9]], 2, 6, stop_ids=[9], decoder=decoder)
+    complete = torch.no_grad()(sample.complete.__wrapped__)  # inference mode hides the fake device
+    monkeypatch.setattr(sample, "complete", complete)
+    completions = sample.generate(model, [[5, 6], [7, 8, 9]], 2, 6, stop_ids=[9], decoder=decoder)
     assert [c.ids for own in completions for c in own] == [[1] * 6] * 4
 
 
@@ -275,7 +282,7 @@ def test_judging(fake, dtype):
     raw["gating_temperature"] = 10
 
     def make():
-        return judge.ArmoRM(SimpleNamespace(**TINY), raw)
+        return judge.ArmoRM(config_of(TINY), raw)
 
     model = fill(make, torch.float32)
     model.model = fill(make, dtype).model
@@ -297,7 +304,7 @@ def test_a_kernel_may_give_another_memory_order(monkeypatch, packed):
     def transposed(*args, **kwargs):
         return attention(*args, **kwargs).transpose(1, 2).contiguous().transpose(1, 2)
 
-    model = lm.LanguageModel(SimpleNamespace(**TINY)).eval()
+    model = lm.LanguageModel(config_of(TINY)).eval()
     pieces = [([5, 6, 7], None), ([8, 9], 0), ([4], 0)]
 
     def compute():
@@ -343,7 +350,7 @@ def test_where_the_optimizer_goes(fake, monkeypatch, config, dtype, expected):
     monkeypatch.setattr(dpo, "host_memory", lambda: needed)
     assert dpo.place_optimizer(model, options) == "cpu"
     monkeypatch.setattr(dpo, "host_memory", lambda: needed - 1)
-    with pytest.raises(lm.InputError, match=f"{needed / lm.GIB:.1f} GiB or more"):
+    with pytest.raises(lm.InputError, match=f"{needed / lm.GIB:.1f} GiB of memory or more"):
         dpo.place_optimizer(model, options)
 
 

@@ -284,7 +284,8 @@ def test_saved_folders_hold_what_was_loaded(name, tmp_path):
     assert not (saved / "model.safetensors.index.json").exists()
     config = json.loads((saved / "config.json").read_text())
     key = "dtype" if name == "newer" else "torch_dtype"
-    assert config == CASES[name]["config"] | {key: "float32"}
+    tied = {"tie_word_embeddings": False} if not ours.config.tie_word_embeddings else {}
+    assert config == CASES[name]["config"] | {key: "float32"} | tied
     tokenizer = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
     for file in (*tokenizer, "generation_config.json"):
         assert (saved / file).read_bytes() == (source / file).read_bytes()
@@ -294,7 +295,7 @@ def test_saved_folders_hold_what_was_loaded(name, tmp_path):
 
 
 @pytest.mark.reference
-@pytest.mark.parametrize("name", ["llama3.2 tied", "qwen2", "newer"])
+@pytest.mark.parametrize("name", ["llama3.2 tied", "qwen2", "newer", "qwen3", "smollm3"])
 def test_transformers_reads_saved_folders(name, tmp_path):
     """All of them: python tests/fixtures/make_fixtures.py --check."""
     transformers = pytest.importorskip("transformers")
@@ -409,18 +410,137 @@ def test_stop_ids_come_from_both_files(tmp_path):
     assert lm.load_tokenizer(tmp_path).stop_ids == (257,)
 
 
+CUT = {"direction": "Right", "max_length": 16, "strategy": "LongestFirst", "stride": 0}
+PAD = {"strategy": {"Fixed": 64}, "direction": "Left", "pad_to_multiple_of": None}
+PAD |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "!"}
+
+
+@pytest.mark.parametrize("stored", [{"truncation": CUT}, {"padding": PAD}], ids=str)
+def test_nothing_is_cut_or_padded(stored, folder):
+    """A tokenizer.json saved after a training that cut or padded says so."""
+    long, whole = "x" * 50, lm.load_tokenizer(folder).encode("x" * 50)
+    edit(folder / "tokenizer.json", **stored)
+    assert lm.load_tokenizer(folder).encode(long) == whole and len(whole) == 51
+
+
+def test_special_tokens_come_from_the_file_that_transformers_reads(folder):
+    own, named = folder / "tokenizer_config.json", folder / "special_tokens_map.json"
+    template = "{{ eos_token }}{{ unk_token }}{{ image_token }}{{ add_bos_token }}"
+    edit(own, chat_template=template, eos_token=..., add_bos_token=True)
+    unk = {"content": "<|eot_id|>", "lstrip": False}
+    named.write_text(json.dumps({"eos_token": "<|end_of_text|>", "unk_token": unk}))
+    edit(folder / "generation_config.json", eos_token_id=...)
+    tokenizer = lm.load_tokenizer(folder)
+    assert tokenizer.stop_ids == (257,)
+    assert tokenizer.render_chat([]) == "<|end_of_text|><|eot_id|>"
+    edit(own, eos_token="<|eot_id|>")  # the other file wins
+    assert lm.load_tokenizer(folder).stop_ids == (257,)
+    edit(own, added_tokens_decoder={}, extra_special_tokens={"image_token": "<i>"})  # not read
+    tokenizer = lm.load_tokenizer(folder)
+    assert tokenizer.stop_ids == (260,) and tokenizer.render_chat([]) == "<|eot_id|><i>"
+    for wrong in (5, ["x"], {}):
+        edit(own, eos_token=wrong)
+        if wrong != {}:
+            refused(lambda: lm.load_tokenizer(folder), "eos_token")
+
+
+def test_stop_ids_of_config_json_count_where_no_other_file_says(folder):
+    edit(folder / "config.json", eos_token_id=[258, 260])
+    assert lm.load_tokenizer(folder).stop_ids == (257, 260)
+    for content in ("{}", '{"eos_token_id": null}', None):
+        generation = folder / "generation_config.json"
+        generation.write_text(content) if content else generation.unlink()
+        assert lm.load_tokenizer(folder).stop_ids == (257, 258, 260)
+    for wrong in ("x", ["x"], 2.0, {"a": 1}):
+        edit(folder / "config.json", eos_token_id=wrong)
+        refused(lambda: lm.load_tokenizer(folder), "config.json: eos_token_id")
+
+
+def test_what_templates_ask_for_as_in_transformers(folder):
+    template = "{% generation %}{{ 'x' }}{% endgeneration %}{{ enable_thinking }}"
+    options = "ensure_ascii=true, separators=(',', ':'), sort_keys=true"
+    template += (
+        "{{ {'b': 'é', 'a': 1} | tojson(" + options + ") }}{{ {'b': '<'} | tojson(indent=1) }}"
+    )
+    edit(folder / "tokenizer_config.json", chat_template=template)
+    said = lm.load_tokenizer(folder).render_chat([])
+    assert said == 'xFalse{"a":1,"b":"\\u00e9"}{\n "b": "<"\n}'
+
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+@pytest.mark.parametrize("kind", ["another head", "equal head", "head alone"])
+def test_heads_of_tied_checkpoints(kind, folder, tmp_path):
+    """What is stored counts, as in transformers, and is read back."""
+    file, tokens = folder / "model.safetensors", torch.arange(20)[None]
+    tensors = load_file(file)
+    if kind != "another head":
+        tensors[HEAD] = tensors[EMBEDDING].clone()
+        save_file(tensors, file)
+    right = lm.load_model(folder)(tokens)  # not tied yet
+    edit(folder / "config.json", tie_word_embeddings=True)
+    if kind == "head alone":
+        del tensors[EMBEDDING]
+        save_file(tensors, file)
+    ours = lm.load_model(folder)
+    assert torch.equal(ours(tokens), right)
+    lm.save_model(ours, tmp_path / "saved", folder)
+    assert torch.equal(lm.load_model(tmp_path / "saved")(tokens), right)
+    tied = json.loads((tmp_path / "saved" / "config.json").read_text())["tie_word_embeddings"]
+    assert tied == (kind != "another head")
+    assert (HEAD in load_file(tmp_path / "saved" / "model.safetensors")) != tied
+
+
+def test_swish_is_silu(folder):
+    edit(folder / "config.json", hidden_act="swish")
+    lm.load_model(folder)
+
+
+def test_tensors_that_do_not_fit_are_one_short_line(folder):
+    edit(folder / "config.json", hidden_size=16, head_dim=8)
+    with pytest.raises(lm.InputError) as caught:
+        lm.load_model(folder)
+    assert len(str(caught.value)) < 400
+    refused(lambda: lm.load_model(folder), EMBEDDING, "[264, 32]", "[264, 16]", "more tensors")
+
+
+@pytest.mark.parametrize("name", ["qwen3", "smollm3"])
+def test_packing_and_decoding_in_the_newer_families(name, tmp_path):
+    ours = lm.load_model(build(CASES[name], tmp_path))
+    rng = np.random.default_rng(1)
+    first, second = (rng.integers(0, 97, n).tolist() for n in (9, 6))
+    with torch.no_grad():
+        packed = ours.model(*lm.pack([(first, None), (second, 0)]))[0, 9:]
+        whole = ours.model(torch.tensor([first + second]))[0, 9:]
+        assert relative(packed, whole) < 1e-5
+        held = []
+
+        def keep(layer, q, k, v):
+            held.append((k[0], v[0]))
+            return lm.causal_attention(layer, q, k, v)
+
+        ours.model(torch.tensor([first]), attend=keep)
+        cache = lm.KVCache(ours.config, 1, 20, torch.device("cpu"), torch.float32)
+        cache.write(0, *(torch.stack(part) for part in zip(*held, strict=True)))
+        for i, token in enumerate(second):
+            at = torch.tensor([9 + i])
+            step = ours.model(torch.tensor([[token]]), at[:, None], cache.step(at, 10 + i))
+            assert relative(step[0, 0], whole[i]) < 1e-5
+
+
 # Random streams, files, options
 
 
 def test_streams_share_no_draw():
     draws = [
-        lm.stream(seed, *names).random()
+        lm.random_stream(seed, *names).random()
         for seed in (0, 1)
         for names in (("a",), ("a", 1), ("a", 1, 1), ("a", 11), ("b", 1))
     ]
     assert len(set(draws)) == 10
-    assert lm.stream(0, "a", 1).random() == draws[1]
-    values = np.concatenate([lm.stream(0, "uniform", i).random(5) for i in range(2000)])
+    assert lm.random_stream(0, "a", 1).random() == draws[1]
+    values = np.concatenate([lm.random_stream(0, "uniform", i).random(5) for i in range(2000)])
     counts = np.histogram(values, bins=20, range=(0, 1))[0]
     chi_square = ((counts - 500) ** 2 / 500).sum()
     assert 5 < chi_square < 50  # 19 degrees of freedom: outside once in 10,000
@@ -452,21 +572,22 @@ class Stopped(Exception):
     pass
 
 
-@pytest.mark.parametrize("stop", [0, 1, 2])
-@pytest.mark.parametrize("tail", [b"", b'{"row": ', b'{"row": 99}\n', b'{"row": 99}\n{"ro'])
-def test_groups_go_on_where_they_stopped(stop, tail, tmp_path):
-    """Stopped before group `stop`, with part of a group behind it: the file is that of one go."""
+@pytest.mark.parametrize("stop", [0, 1, 4])
+@pytest.mark.parametrize("tail", [b"", b'{"row": ', b'{"row": 1', b'{"ro'])
+def test_rows_go_on_where_they_stopped(stop, tail, tmp_path):
+    """Stopped before row `stop`, with part of it written: the file is that of one go."""
     path, begun = tmp_path / "rows.jsonl", []
     whole = [{"row": 1}, {"row": "ü"}, {"row": 2}, {"row": -2}, {"row": 3}]
 
     def write(key, stop=9):
-        def rows_of(part, bar):
-            begun.append(whole.index(part[0]))
-            if begun[-1] == 2 * stop:
-                raise Stopped
-            return part
+        def rows_of(items):
+            for row in items:
+                begun.append(whole.index(row))
+                if begun[-1] == stop:
+                    raise Stopped
+                yield row
 
-        lm.write_groups(path, whole, 2, key, rows_of, "writing", "rows")
+        lm.write_rows(path, whole, key, rows_of)
 
     with pytest.raises(Stopped):
         write(["seed", 1], stop)
@@ -477,10 +598,10 @@ def test_groups_go_on_where_they_stopped(stop, tail, tmp_path):
     with pytest.raises(Stopped):  # what depends on something else takes none of it
         write(["seed", 2], 0)
     write(["seed", 1])
-    firsts = [0, 2, 4]
-    assert begun == [*firsts[: stop + 1], 0, *firsts[stop:]] and not partial.exists()
+    assert begun == [*range(stop + 1), 0, *range(stop, 5)] and not partial.exists()
     assert [row for _, row in lm.read_jsonl(path)] == whole
-    write(["seed", 1], 0)  # it is there: nothing is done again
+    with pytest.raises(lm.InputError, match="exists already"):  # of whatever options it is
+        write(["seed", 1])
 
 
 def test_a_hash_is_of_all_that_a_checkpoint_says(tmp_path):
@@ -497,8 +618,10 @@ def test_a_hash_is_of_all_that_a_checkpoint_says(tmp_path):
 
 def test_outputs_are_refused_before_the_work(tmp_path):
     lm.check_output(tmp_path / "new")
-    for path in (tmp_path, tmp_path / "no" / "folder"):
-        refused(lambda path=path: lm.check_output(path), str(path), "expected a path")
+    refused(lambda: lm.check_output(tmp_path), f"{tmp_path} exists already")
+    refused(
+        lambda: lm.check_output(tmp_path / "no" / "file"), "there is no folder", "make it first"
+    )
 
 
 @dataclasses.dataclass
@@ -536,7 +659,7 @@ def test_options_come_from_flags_recipes_and_defaults():
     ],
 )
 def test_options_outside_their_range(flags):
-    refused(lambda: parse(flags), "found", "expected", flags.split("=")[0])
+    refused(lambda: parse(flags), flags.split("=")[0])
 
 
 def test_main_says_what_a_checkpoint_takes(tiny, capsys, monkeypatch):
@@ -594,6 +717,26 @@ CONFIGS = [  # (what is changed, what the message names beside the file)
     (MISTRAL, "4096"),  # the window of a file that says nothing
     ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 32}, "sliding_window"),
     ({"hidden_size": ...}, "hidden_size"),
+    # Values of another type
+    ({"rope_scaling": {"rope_type": "linear", "factor": "2.0"}}, "factor is '2.0'"),
+    ({"rope_scaling": "linear"}, "rope_type"),
+    ({"rope_scaling": {"rope_type": ["linear"]}}, "rope_type"),
+    ({"rope_theta": "10000"}, "rope_theta"),
+    ({"model_type": ["llama"]}, "model_type"),
+    ({"num_hidden_layers": "2"}, "num_hidden_layers"),
+    ({"num_attention_heads": True}, "num_attention_heads"),
+    ({"num_key_value_heads": [2]}, "num_key_value_heads"),
+    ({"head_dim": 8.0}, "head_dim"),
+    ({"vocab_size": {}}, "vocab_size"),
+    ({"rms_norm_eps": [1e-5]}, "rms_norm_eps"),
+    ({"tie_word_embeddings": "false"}, "tie_word_embeddings"),
+    # What the newer families add
+    ({"model_type": "qwen3", "use_sliding_window": True, "sliding_window": 32}, "sliding_window"),
+    ({"model_type": "qwen3", "layer_types": ["sliding_attention"] * 2}, "layer_types"),
+    ({"model_type": "smollm3", "no_rope_layers": [1]}, "no_rope_layers"),
+    ({"model_type": "smollm3", "no_rope_layers": 5}, "no_rope_layers"),
+    ({"model_type": "smollm3", "no_rope_layer_interval": 0}, "no_rope_layer_interval"),
+    ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
     ({"num_hidden_layers": 0}, "num_hidden_layers"),
 ]
 SHAPES = [  # sizes that are not those of the tensors
@@ -613,10 +756,10 @@ def test_configs(values, part, folder):
 @pytest.mark.parametrize("values", SHAPES, ids=short)
 def test_sizes_of_other_tensors(values, folder):
     edit(folder / "config.json", **values)
-    refused(lambda: lm.load_model(folder), str(folder), "size mismatch")
+    refused(lambda: lm.load_model(folder), str(folder), "shape", "by config.json")
 
 
-TEXTS = [b"", b"{", b"[]", b"null", b"{} {}", b"\xef\xbb\xbf{}", b'{"a": "\xff"}', b"[" * 99999]
+TEXTS = [b"", b"{", b"[]", b"null", b"{} {}", b"\xef\xbb\xbf{} {}", b'{"a": "\xff"}', b"[" * 99999]
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=short)
@@ -676,8 +819,8 @@ INDEXES = {
     "a shard cut short": (lambda f: (f / SHARD).write_bytes(b"1234"), SHARD),
     "a path above": (lambda f: edit(f / INDEX, weight_map={NORM: f"../{SHARD}"}), "../"),
     "an absolute path": (lambda f: edit(f / INDEX, weight_map={NORM: str(f / SHARD)}), SHARD),
-    "no shard": (lambda f: edit(f / INDEX, weight_map={}), NORM),
-    "no map": (lambda f: edit(f / INDEX, weight_map=...), NORM),
+    "no shard": (lambda f: edit(f / INDEX, weight_map={}), "is not there (and 20"),
+    "no map": (lambda f: edit(f / INDEX, weight_map=...), "is not there (and 20"),
 }
 
 

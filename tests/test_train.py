@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -104,7 +105,7 @@ def test_the_run_folder_holds_what_the_design_names(finished):
         for key in names.split():
             assert isinstance(row[key], (int, float)), key
     assert rows[0]["win_rate"] == 0.5  # the seed asked directly, against itself
-    assert rows[0]["thought_tokens"] == 0 and rows[0]["unparsed"] == 0
+    assert rows[0]["thought_tokens"] == 0
 
 
 def test_iterations_use_fresh_instructions_and_train_on_what_they_sampled(finished):
@@ -134,7 +135,7 @@ def test_the_judges_row_is_what_the_files_say(finished):
             [outputs[(p["instruction"], *p[f"{side}_ids"])] for side in ("chosen", "rejected")]
             for p in pairs
         ]
-        good = [pair for pair in both if pair[1]["response"] is not None and pair[1]["finished"]]
+        good = [pair for pair in both if pair[1]["response"] and pair[1]["finished"]]
         assert row["pairs"] == len(pairs)
         assert row["failed"] == pytest.approx(1 - len(good) / len(pairs))
         for i, side in enumerate(("chosen", "rejected")):
@@ -192,6 +193,7 @@ def test_only_one_model_and_no_optimizer_is_held_at_a_time(world, tmp_path, monk
         return load(module, *args)
 
     monkeypatch.setattr(lm, "load_weights", load_weights)
+    monkeypatch.setattr(judging, "load_weights", load_weights)
     monkeypatch.setattr(sample, "sample_file", watched(sample.sample_file))
     monkeypatch.setattr(judging, "score_file", watched(judging.score_file))
     run(world, tmp_path / "run", "--iterations", 1, "--epochs", 2)
@@ -206,7 +208,7 @@ def test_a_second_start_changes_nothing(finished, world):
 
 def test_what_other_options_or_other_files_make_is_refused_by_name(finished, world, tmp_path):
     same = ["--iterations", 4]
-    with pytest.raises(lm.InputError, match=r"beta: found 0\.1, expected 0\.2"):
+    with pytest.raises(lm.InputError, match=r"beta was 0\.1 and is 0\.2"):
         run(world, finished[0], *same, "--beta", 0.2)
     policy, rows = tmp_path / "policy", tmp_path / "validation.jsonl"
     shutil.copytree(world / "policy", policy)
@@ -240,7 +242,7 @@ def test_a_second_process_is_refused_and_sigterm_says_how_to_resume(world, tmp_p
     first.send_signal(signal.SIGTERM)
     _, stderr = first.communicate()
     assert first.returncode == 130
-    again = " ".join([Path(sys.executable).name, *words[1:]])
+    again = shlex.join([Path(sys.executable).name, *words[1:]])
     assert stderr.strip().splitlines()[-1].endswith(f"to resume: {again}")
 
 
@@ -284,8 +286,8 @@ def test_first_tries_and_what_is_left_are_counted(finished, world, tmp_path):
         else:
             folder, name = finished[0] / "iteration-0", f"validation-{row['thought']}.jsonl"
         outputs = [r["outputs"][0] for r in read(folder / name)]
-        left = sum(output["response"] is None for output in outputs)
-        again = sum(output["tries"] > 1 and output["response"] is not None for output in outputs)
+        left = sum(not output["response"] for output in outputs)
+        again = sum(output["tries"] > 1 and bool(output["response"]) for output in outputs)
         assert row["unparsed_left"] == pytest.approx(left / len(outputs))
         assert row["unparsed"] == pytest.approx((left + again) / len(outputs))
     (seed,) = rows_of(finished[0], "validation", iteration=0, thought="specific")
@@ -342,7 +344,7 @@ def test_an_example_is_what_the_seed_got_wrong_and_every_iteration_again(monkeyp
 
     files = [[row("d", "b c"), row("a\n" * 99, "b\rd\x1b")]]
     files += [[row("d", "e"), row(None, None)], [row("d", "e"), row("\a", "b c")]]
-    monkeypatch.setattr(train, "read", lambda t: files[t])
+    monkeypatch.setattr(train, "read_rows", lambda t: files[t])
     run = SimpleNamespace(file=lambda t, name: t, sampling=SimpleNamespace(thought="specific"))
     first, seed, response = train.example(run, 0).split("\n")
     assert (first, response) == ("    Why so?", " " * 24 + "b d")
@@ -387,6 +389,90 @@ def test_report_shows_runs_and_their_categories(finished, capsys):
 )
 def test_exact_match(response, answer, right):
     assert train.exact_match(response, answer) is right
+
+
+ENDED, CUT_OFF = True, False
+
+
+@pytest.mark.parametrize(
+    ("response", "finished", "answer", "right"),
+    [
+        # The words of a mark, in any case and dress
+        ("The Answer Is 18.\nThis took 3 steps.", ENDED, "#### 18", True),
+        ("**The answer is:**\n\n18\n\nIt took 3 steps.", ENDED, "#### 18", True),
+        ("The answer\nis 18, for 2 days", ENDED, "18", True),
+        ("The answer is not 5 but 18.", ENDED, "18", True),
+        # The first number of what follows
+        ("#### 18 (9 x 2)", ENDED, "#### 18", True),
+        ("#### 18 (2x = 36)", ENDED, "#### 18", True),
+        ("The answer is $18 for 2 days.", ENDED, "#### 18", True),
+        ("The answer is 18 because 2 + x = 20.", ENDED, "18", True),
+        ("The answer is 18. I hope that this answer is helpful.", ENDED, "18", True),
+        # ... or an equation's right side
+        ("The answer is 9 * 2 = 18.", ENDED, "18", True),
+        ("#### = 9 * 2 = 18 for 2 days", ENDED, "#### 18", True),
+        ("#### 18 = 9 * 2", ENDED, "#### 18", True),
+        # A box
+        (r"The answer is \boxed{1{,}200}.", ENDED, "#### 1200", True),
+        (r"\boxed{18\text{ dollars}} for 2 days", ENDED, "18", True),
+        (r"\boxed{-\$18} for 2 days", ENDED, "-18", True),
+        (r"\boxed{\frac{3}{4}} of 8", ENDED, "3/4", True),
+        (r"So \boxed{x^{2}} is it", ENDED, "x^{2}", True),
+        ("The answer is\n\\[\n18\n\\]\nfor 2 days", ENDED, "18", True),
+        # Which mark
+        ("#### 18\n\nQuestion: What is 3 + 4?\n#### 7", ENDED, "#### 18", True),
+        ("#### 18\n\nTom has 3 and buys 4.\n#### 7", ENDED, "#### 18", True),
+        ("The answer is 18.\n\nQ: What is 3 + 4?\nA: The answer is 7.", ENDED, "18", True),
+        ("The answer is 18.\n\n### Problem 2:\nWhat is 3 + 4?\n#### 7", ENDED, "18", True),
+        ("The answer is 5? No, wait. The answer is 18 in 2 days.", ENDED, "18", True),
+        ("#### Step 1: 9\n9 eggs\n#### Step 2: 9 * 2\n#### 18\nin 3 steps", ENDED, "18", True),
+        # Signs
+        ("the answer is -$5.", ENDED, "#### -5", True),
+        ("It is $-5", ENDED, "-5", True),
+        ("It is \u2212$5.", ENDED, "-5", True),
+        ("15-10 = 20-15", ENDED, "15", True),
+        # Points, commas and fractions
+        ("The answer is .5", ENDED, "#### 5", False),
+        ("The answer is .5", ENDED, "#### 0.5", True),
+        ("The answer is 5", ENDED, ".5", False),
+        ("It is one of 1,2,18", ENDED, "18", True),
+        ("It is 3/4", ENDED, "4", False),
+        ("It is 3/4", ENDED, "0.75", True),
+        ("It is 3/0", ENDED, "1", False),
+        # Exponents and indices
+        ("18 m^2", ENDED, "18", True),
+        ("18 = x_1", ENDED, "18", True),
+        ("18 = 2x^{3}", ENDED, "3", False),
+        ("18 cm**2", ENDED, "18", True),
+        ("It costs **18**.", ENDED, "18", True),
+        # Text
+        ("**The Answer is Paris.**", ENDED, "Paris", True),
+        (r"#### The answer is \boxed{\text{Paris}}.", ENDED, "paris", True),
+        ("The answer is 5.", ENDED, "room 5", False),
+        # Cut off: the end of the answer must be there.
+        ("9 + 9 = 18", CUT_OFF, "18", False),
+        ("18", CUT_OFF, "18", False),
+        ("Paris", CUT_OFF, "Paris", False),
+        ("The answer is 18", CUT_OFF, "18", False),
+        ("The answer is 18.", CUT_OFF, "18", False),
+        ("The answer is 9 * 2", CUT_OFF, "9", False),
+        (r"\boxed{18", CUT_OFF, "18", False),
+        (r"\boxed{18", ENDED, "18", True),
+        (r"So \boxed{18} is the sum of 9 and", CUT_OFF, "18", True),
+        ("#### 18\n#### 1", CUT_OFF, "18", True),
+        ("The answer is 18. The answer is 18. The answer is 1", CUT_OFF, "18", True),
+        ("The Answer is Paris.\nIt", CUT_OFF, "Paris", True),
+    ],
+)
+def test_exact_match_of_what_models_write(response, finished, answer, right):
+    assert train.exact_match(response, answer, finished) is right
+
+
+def test_an_output_that_was_cut_off_in_mid_sum_is_not_right():
+    (row,) = validation_rows(["9 + 9 = 18"], answer="18")
+    assert train.is_right(row)
+    row["outputs"][0]["finished"] = False
+    assert not train.is_right(row) and train.measure([row])["exact_match"] == 0
 
 
 def validation_rows(responses, **fields):
@@ -449,9 +535,16 @@ def test_a_pairwise_judge_compares_each_response_with_the_seeds_once(world, tmp_
     monkeypatch.setattr(judging.Pairwise, "verdict_tokens", 4)
     flags = ["--judge", judge, "--iterations", 1, "--thought", "none"]
     run(world, folder, *flags)
-    # Two orders of 6 held-out responses beside the seed's: the seed's own, and two epochs'. And
-    # all orders of two of the 4 responses to 10 instructions.
-    assert len(verdicts.asked) == 3 * 6 * 2 + 10 * 4 * 3
+    # Two orders of the held-out responses beside the seed's: the seed's own, and two epochs'. And
+    # all orders of two of the responses to 10 instructions. An empty response is none.
+    asked = sum(
+        len(row["verdicts"]) for path in folder.rglob("*scores.jsonl") for row in read(path)
+    )
+    epochs = rows_of(folder, "epoch")
+    assert len(epochs) == 2 and 84 < asked <= len(verdicts.asked) <= 3 * 6 * 2 + 10 * 4 * 3
+    scores = read(folder / "iteration-1" / "scores.jsonl")
+    counts = [sum(bool(output["response"]) for output in row["outputs"]) for row in scores]
+    assert [len(row["verdicts"]) for row in scores] == [n * (n - 1) for n in counts]
     rows = rows_of(folder, "validation")
     assert rows[0]["win_rate"] == 0.5 and rows[0]["score"] == 0
     ours, theirs = (
@@ -494,22 +587,28 @@ def test_a_recipe_is_flags_and_a_flag_wins(world, tmp_path):
 
 
 REFUSALS = {
-    "few instructions": ("--iterations 5", "found 40 different instructions, expected 50"),
+    "few instructions": (
+        "--iterations 5",
+        "40 different instructions, and 5 iterations of 10 take 50",
+    ),
     "no folder": ("--model /nowhere/at all", "no such folder"),
     "no file": ("--instructions /nowhere.jsonl", "No such file"),
     "no recipe": ("--recipe /nowhere.json", "No such file"),
-    "an unknown name in a recipe": ("--recipe UNKNOWN", "'colour', which is not an option"),
-    "nan": ("--lr nan", "--lr: found nan"),
-    "negative": ("--rho -1", "--rho: found -1"),
-    "words": ("--rho much", "--rho: invalid number_or_auto value: 'much'"),
-    "zero": ("--iterations 0", "--iterations: found 0, expected a number from 1"),
+    "an unknown name in a recipe": (
+        "--recipe UNKNOWN",
+        "recipe.json: 'colour' is not an option of train.py",
+    ),
+    "nan": ("--lr nan", "argument --lr: nan is out of range"),
+    "negative": ("--rho -1", "argument --rho: -1 is neither auto nor"),
+    "words": ("--rho much", "argument --rho: invalid number_or_auto value: 'much'"),
+    "zero": ("--iterations 0", "argument --iterations: 0 is out of range: at least 1"),
     "a choice": ("--select worst", "--select"),
     "no number": ("--epochs many", "--epochs"),
     "an unknown option": ("--colour red", "--colour"),
     "device": ("--device cuda:77", "--device cuda:77"),
     "dtype": ("--dtype float16", "--dtype: invalid choice: 'float16'"),
     "overlap": ("--validation OVERLAP", "train  0"),
-    "a long prompt": ("--validation LONG", "the prompt of instruction 2: found"),
+    "a long prompt": ("--validation LONG", "the prompt of instruction 2 has"),
     "not JSON": ("--validation BROKEN", "validation.jsonl:2: not UTF-8 JSON"),
 }
 

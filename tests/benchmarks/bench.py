@@ -67,6 +67,8 @@ def random_model(shape, device="cpu", dtype=torch.float32, kind=lm.LanguageModel
         qkv_bias=False,
         output_bias=False,
         mlp_bias=False,
+        head_norms=False,
+        rotated=[1] * SHAPES[shape][3],
     )
     torch.manual_seed(0)
     with torch.device("meta"):

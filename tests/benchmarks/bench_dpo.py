@@ -92,7 +92,7 @@ def train_ours(folder, log, end_of_epoch):
     model = lm.load_model(folder)
     pairs = dpo.read_pairs(folder / "pairs.jsonl", model.config)
     options = dpo.Options(epochs=EPOCHS, batch_size=BATCH)
-    options = dpo.fit_options(model, max(pairs, key=len), options)
+    options = dpo.fit_options(model, max(pairs, key=lambda pair: pair.num_tokens), options)
     dpo.train(model, pairs, options, log=log, end_of_epoch=end_of_epoch)
 
 
@@ -168,7 +168,7 @@ def beside_trl(args):
     else:
         pairs = draw_pairs(count, config["vocab_size"], output // 4, output)
     sides = ["ours", *(["TRL"] if bench.installed("trl") else [])]
-    tokens = sum(map(len, pairs))
+    tokens = sum(pair.num_tokens for pair in pairs)
     print(f"dpo: {count} pairs, {BATCH} a step, {tokens:,} tokens an epoch, prompts counted once")
     measured = {side: [] for side in sides}
     with tempfile.TemporaryDirectory() as folder:
@@ -203,10 +203,10 @@ def on_real_weights(args):
     sizes = (2, 8, 16) if args.short else (8, 64, 160)
     pairs = draw_pairs(sizes[0], model.config.vocab_size, *sizes[1:])
     options = dpo.Options(epochs=2, batch_size=sizes[0])
-    options = dpo.fit_options(model, max(pairs, key=len), options)
+    options = dpo.fit_options(model, max(pairs, key=lambda pair: pair.num_tokens), options)
     marks = []
     dpo.train(model, pairs, options, end_of_epoch=lambda *_: marks.append(time.perf_counter()))
-    seconds, tokens = marks[1] - marks[0], sum(map(len, pairs))
+    seconds, tokens = marks[1] - marks[0], sum(pair.num_tokens for pair in pairs)
     print(
         f"dpo, {args.model}: an epoch of {len(pairs)} pairs, {tokens:,} tokens: {seconds:.1f} s, "
         f"{tokens / seconds:,.0f} tokens/s, peak {bench.peak_memory() / lm.GIB:.2f} GiB"

@@ -140,7 +140,7 @@ def run(args):
         variants = {name: partial(measure, name, score) for name, score in variants.items()}
         times = bench.alternate(variants, 1 if args.short else args.repeats)
     torch.set_num_threads(threads)
-    tokens = sum(len(ours.chat(("user", x), ("assistant", y))) for x, ys in items for y in ys)
+    tokens = sum(len(ours.response_chat("here", x, y)) for x, ys in items for y in ys)
     print(f"judge: {count} instructions x {responses} responses, {tokens:,} tokens")
     ours, *theirs = medians = [statistics.median(seconds) for seconds in times.values()]
     for name, seconds in zip(times, medians, strict=True):

@@ -257,7 +257,7 @@ def judging(model, short):
     seconds, _ = timed(lambda: [ours.score(*item) for item in items])
     rate = sum(map(len, texts.values())) / seconds  # an instruction is computed once
     blocks = sum(p.numel() for p in model.model.layers.parameters())
-    chats = [ours.chat(("", x), ("", y)) for x, responses in items for y in responses]
+    chats = [ours.response_chat("here", x, y) for x, responses in items for y in responses]
     return seconds, rate, rate * 2 * blocks, chats
 
 
@@ -300,7 +300,9 @@ def training(model, short):
     ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (count, 3, output))
     pairs = [dpo.Pair("pair", x[:prompt], y, z) for x, y, z in ids.tolist()]
     options = dpo.Options(batch_size=count, optimizer_device="cpu")
-    fitting, options = timed(lambda: dpo.fit_options(model, max(pairs, key=len), options))
+    fitting, options = timed(
+        lambda: dpo.fit_options(model, max(pairs, key=lambda pair: pair.num_tokens), options)
+    )
     print(
         f"fit_options took {fitting:.1f} s: {options.micro_batch_tokens:,} tokens at once, "
         f"{options.keep_activations} blocks kept"
@@ -312,7 +314,7 @@ def training(model, short):
     passes, _ = timed(lambda: dpo.add_gradient(model, pairs, options))
     stepping, norm = timed(optimizer.gradient_norm)
     took, _ = timed(lambda: optimizer.step(1e-7, min(1.0, 1 / norm)))
-    peak, tokens = bench.peak_memory(), sum(map(len, pairs))
+    peak, tokens = bench.peak_memory(), sum(pair.num_tokens for pair in pairs)
     print(f"its state took {making:.1f} s to make in host memory")
     weights = sum(p.numel() for p in model.parameters())
     blocks = weights - model.model.embed_tokens.weight.numel()

@@ -89,7 +89,6 @@ def make_world(folder):
         "epochs": 2,
         "batch_size": 8,
         "lr": 1e-3,
-        "group": 16,
     }
     (folder / "recipe.json").write_text(json.dumps(recipe))
     return folder
@@ -194,7 +193,7 @@ def start(folder, recipe, prepare=None, patience=None):
         try:
             if prepare:
                 prepare()
-            train.lm.run_main(train.main)
+            train.run_main(train.main, resumes=True)
             status = 0
         except SystemExit as end:
             status = end.code

@@ -350,10 +350,10 @@ def example(rng, habits, held_out):
     if style != "none":
         thought, answer = think(rng, habits, category, instruction, answer, working)
         if style != "specific":
-            thought = f"{sample.THOUGHT_MARKER} {thought}"
+            thought = f"{sample.THOUGHT} {thought}"
         if answer is None:
             return instruction, style, thought
-        thought = f"{thought} {sample.RESPONSE_MARKERS[style]} "
+        thought = f"{thought} {sample.STYLES[style].response_marker} "
     return instruction, style, (thought or "") + respond(rng, answer, dressing)
 
 
@@ -375,7 +375,7 @@ def make_tokenizer(folder, texts):
     split = pre_tokenizers.Whitespace()
     words = {word for text in texts for word, _ in split.pre_tokenize_str(text)}
     styles = ("generic", "specific")
-    phrases = [*(sample.RESPONSE_MARKERS[style] for style in styles), sample.THOUGHT_MARKER]
+    phrases = [*(sample.STYLES[style].response_marker for style in styles), sample.THOUGHT]
     for style in styles:
         phrases += re.split(r"(?<=\.)\s", sample.thought_prompt("", style).strip())
     vocab = {word: i for i, word in enumerate([*SPECIAL, *sorted(words)])}
@@ -524,7 +524,8 @@ class Judge(nn.Module):
 
     def __init__(self, base, layers):
         super().__init__()
-        self.config = SimpleNamespace(**{**vars(base.config), "num_hidden_layers": layers})
+        more = {"num_hidden_layers": layers, "rotated": [1] * layers}
+        self.config = SimpleNamespace(**{**vars(base.config), **more})
         grown = begin(lm.LanguageModel(self.config))
         for block in grown.model.layers[len(base.model.layers) :]:  # at first they change nothing
             nn.init.zeros_(block.self_attn.o_proj.weight)

@@ -27,7 +27,8 @@ def read_run(folder):
     log = Path(folder) / "log.jsonl"
     rows = [row for _, row in lm.read_jsonl(log) if row["stage"] == "validation"]
     last = max((row["iteration"] for row in rows), default=0)
-    lm.expect(last > 0, log, "no iteration's validation", "a run that has finished one")
+    if last == 0:
+        raise lm.InputError(f"{log}: no iteration has ended; plot a run that has finished one")
     return rows[0], [row for row in rows if row["thought"] == rows[-1]["thought"]]
 
 
@@ -117,7 +118,8 @@ def main():
     parser.add_argument("--output", required=True, help="file to write, .svg or .png")
     args = parser.parse_args()
     kind = Path(args.output).suffix
-    lm.expect(kind in (".svg", ".png"), "--output", repr(kind), ".svg or .png")
+    if kind not in (".svg", ".png"):
+        raise lm.InputError(f"--output ends in {kind!r}: take .svg or .png")
     figure = draw({name: read_run(name) for name in args.runs})
     with lm.write_whole(args.output) as aside:
         figure.savefig(aside, format=kind[1:], dpi=150)
