@@ -4,6 +4,7 @@ A checkpoint here is a folder in Hugging Face's layout with random weights drawn
 fixture stores a config and what transformers made of it, never the weights.
 """
 
+import gc
 import json
 import sys
 import weakref
@@ -59,6 +60,18 @@ def pytest_configure(config):
     config.addinivalue_line(
         "markers", "reference: compares with transformers, TRL, a closed form or finite differences"
     )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def little_to_collect():
+    """What was imported before is not looked through by each collection of a run that begins now.
+
+    train.py collects before each load. Beside torch and transformers that is most of a tiny run.
+    """
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def cache_bytes_per_token(config, dtype):

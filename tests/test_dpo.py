@@ -22,9 +22,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import LLAMA, buffer_bytes, write_checkpoint
+from conftest import FIXTURES, LLAMA, buffer_bytes, write_checkpoint
 from make_trl_fixture import FOLDER, OPTIONS, write_policy
 from safetensors.torch import load_file
+
+FAMILIES = json.loads((FIXTURES / "families.json").read_text())
 
 
 def draw_pairs(count, seed=0, most=30):
@@ -141,6 +143,23 @@ def test_logprobs_and_gradients_equal_the_direct_form(llm64, rows, keep):
     assert relative(chosen, direct_chosen) < 1e-12 and relative(rejected, direct_rejected) < 1e-12
     for name, grad in grads.items():
         assert relative(grad, direct_grads[name]) < 1e-10, name
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("name", FAMILIES["cases"])
+def test_logprobs_are_those_of_transformers_in_the_newer_families(name, tmp_path):
+    """All pairs in one packed row, with a prompt of one token, against each sequence alone."""
+    case = FAMILIES["cases"][name]
+    llm = lm.load_model(write_checkpoint(tmp_path, case["config"], case["seed"]))
+    pairs = [dpo.Pair("", p["prompt"], p["chosen"], p["rejected"]) for p in FAMILIES["pairs"]]
+    assert [len(pair.prompt_ids) for pair in pairs].count(1) == 2
+    with torch.no_grad():
+        together = dpo.output_logprobs(llm, pairs, logit_rows=7)
+        alone = [dpo.output_logprobs(llm, [pair]) for pair in pairs]
+    alone = [torch.cat(side) for side in zip(*alone, strict=True)]
+    for found in (together, alone):
+        for side, theirs in zip(found, case["logprobs"].values(), strict=True):
+            assert side.tolist() == pytest.approx(theirs, rel=1e-5, abs=1e-4)
 
 
 @pytest.mark.reference
@@ -314,8 +333,8 @@ def test_bf16_weights_move_where_naive_adamw_stands_still(tiny):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_state_in_host_memory_is_in_flat_buffers(tiny, tmp_path, monkeypatch, dtype):
-    """Exactly as many bytes as numbers times four, the same arithmetic, and it saves and loads."""
+def test_state_in_host_memory(tiny, tmp_path, dtype):
+    """Exactly as many bytes as numbers times four, the same arithmetic, and it is saved whole."""
     twins = [lm.load_model(tiny, dtype=dtype) for _ in range(2)]
     places = ("same", "cpu")
     optimizers = [
@@ -336,16 +355,15 @@ def test_state_in_host_memory_is_in_flat_buffers(tiny, tmp_path, monkeypatch, dt
             own = [p.data_ptr() for p in twins[1].parameters()]
             assert [x.data_ptr() for x in views] == own
             continue
-        exact, rounded = buffer_bytes(views)
-        assert exact == count * 4 and rounded < 1.1 * count * 4
-    for number in (1, 2):  # of the views too what is saved is what they show
+        assert buffer_bytes(views)[0] == count * 4
+    for number in (1, 2):
         dpo.save_state(tmp_path, optimizers[1], {"epoch": number})
         stored = list(lm.stored_tensors(tmp_path / f"epoch-{number}"))
         (file,) = {file for file, _, _ in stored}
         found = {name: tensor for _, name, tensor in stored}
         assert found.keys() == second.keys()
         assert all(torch.equal(found[name], second[name]) for name in found)
-        assert file.stat().st_size < 3 * 4 * count + 10_000  # no buffer is written whole
+        assert file.stat().st_size < 3 * 4 * count + 10_000
 
 
 def test_learning_rate():
@@ -405,8 +423,8 @@ GOOD = {"prompt_ids": [1, 2], "chosen_ids": [3, 4, 5], "rejected_ids": [6]}
         ({"rejected_ids": []}, "rejected_ids is [], not a list of token ids"),
         ({"prompt_ids": []}, "prompt_ids is [], not a list"),
         ({"prompt_ids": "1 2"}, "prompt_ids is '1 2', not a list"),
-        ({"chosen_ids": [3, 264]}, "chosen_ids: id 264 is outside of the vocabulary, 0 to 263"),
-        ({"chosen_ids": [-1]}, "chosen_ids: id -1 is outside"),
+        ({"chosen_ids": [3, 264]}, "chosen_ids has an id outside of 0 to 263"),
+        ({"chosen_ids": [-1]}, "chosen_ids has an id outside"),
         ({"chosen_ids": [True]}, "chosen_ids is [True], not a list"),
         ({"chosen_ids": [1.0]}, "chosen_ids is [1.0], not a list"),
         ({"chosen_ids": [[1]]}, "chosen_ids is [[1]], not a list"),
@@ -605,7 +623,6 @@ def test_float16_is_refused(tiny):
 def test_options_are_filled_in_by_trying_and_nothing_is_left(llm, monkeypatch):
     pairs, tried, add = draw_pairs(5), [], dpo.add_gradient
     longest = max(pairs, key=lambda pair: pair.num_tokens)
-    assert dpo.host_memory() > 2**20
 
     def watched(model, batch, options):
         tried.append((batch, options))
@@ -618,45 +635,21 @@ def test_options_are_filled_in_by_trying_and_nothing_is_left(llm, monkeypatch):
     assert values == (0.5, 1024, 1, "same")
     given = options_of(micro_batch_tokens=70, keep_activations=0, optimizer_device="cpu")
     assert dpo.fit_options(llm, longest, given) == given  # what was asked for stays
-    # First any pair, for the sums of gradients; then at once as much as the largest micro-batch.
-    for (one, _), (batch, options), tokens in zip(tried[::2], tried[1::2], (1024, 70), strict=True):
+    # Twice at once as much as the largest micro-batch: the sums of gradients are there then.
+    for first, (batch, options), tokens in zip(tried[::2], tried[1::2], (1024, 70), strict=True):
         sizes = [pair.num_tokens for pair in batch]
-        assert len(one) == 1 and set(sizes) == {longest.num_tokens}
+        assert first == (batch, options) and set(sizes) == {longest.num_tokens}
         assert replace(options, micro_batch_tokens=tokens) in (found, given)
         assert sum(sizes) - sizes[0] < tokens <= sum(sizes) == options.micro_batch_tokens
     assert same(llm.state_dict(), before) and all(p.grad is None for p in llm.parameters())
-    assert longest.reference is None
-
-
-@pytest.mark.parametrize(
-    ("dtype", "bytes_each"),  # weight, gradient sum, two moments; master weight of 16 bits
-    [(torch.float32, 4 + 4 + 8), (torch.bfloat16, 2 + 4 + 8 + 4)],
-)
-def test_what_the_host_cannot_hold_is_refused_in_one_line(tiny, monkeypatch, dtype, bytes_each):
-    llm = lm.load_model(tiny, dtype=dtype)
-    needed = bytes_each * sum(p.numel() for p in llm.parameters())
-    monkeypatch.setattr(dpo, "host_memory", lambda: needed)
-    assert dpo.place_optimizer(llm, dpo.Options()) == "same"
-    monkeypatch.setattr(dpo, "host_memory", lambda: needed - 1)
-    with pytest.raises(lm.InputError) as caught:
-        dpo.fit_options(llm, draw_pairs(1)[0], dpo.Options())
-    message = str(caught.value)
-    assert "memory" in message and "GiB" in message and "\n" not in message
-    assert "smaller" in message  # what helps
+    assert longest.reference == ()
 
 
 @pytest.mark.parametrize("where", ["add_gradient", "AdamW"])
-def test_running_out_of_memory_in_the_trial_ends_in_one_line(llm, monkeypatch, where):
-    """Of torch's own kind: another error, "illegal memory access" for one, shows its traceback."""
-    pair = dpo.Pair("", [1], [2], [3, 4])
-    cases = [
-        (torch.OutOfMemoryError("CUDA out of memory.\nmore"), lm.InputError, "cpu: out of memory"),
-        (RuntimeError("illegal memory access"), RuntimeError, "illegal memory access"),
-    ]
-    for error, kind, message in cases:
-        monkeypatch.setattr(dpo, where, mock.Mock(side_effect=error))
-        with pytest.raises(kind, match=message + r".*\Z"):
-            dpo.fit_options(llm, pair, dpo.Options())
+def test_running_out_of_memory_shows_in_the_trial(llm, monkeypatch, where):
+    monkeypatch.setattr(dpo, where, mock.Mock(side_effect=torch.OutOfMemoryError("CUDA out")))
+    with pytest.raises(torch.OutOfMemoryError):
+        dpo.fit_options(llm, dpo.Pair("", [1], [2], [3, 4]), dpo.Options())
 
 
 # Command line
@@ -718,9 +711,9 @@ REFUSED = {  # words of the command line, with {} the test's folder: the message
     "--pairs {}/none": "none",
     "--model {}/none": "none: no such folder",
     "--lr nan": "argument --lr: nan is out of range",
-    "--beta 0": "argument --beta: 0 is out of range",
+    "--beta 0": "argument --beta: 0.0 is out of range",
     "--epochs 0": "argument --epochs: 0 is out of range",
-    "--adam-beta2 1": "argument --adam-beta2: 1 is out of range",
+    "--adam-beta2 1": "argument --adam-beta2: 1.0 is out of range",
     "--micro-batch-tokens 0": "argument --micro-batch-tokens: 0 is out of range",
     "--lr-schedule linear": "--lr-schedule",
     "--optimizer-device disk": "--optimizer-device",

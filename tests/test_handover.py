@@ -1,4 +1,4 @@
-"""README's scripts for vLLM and TRL: the files they read and write are ours, to the id.
+"""The scripts of tests/handover for vLLM and TRL: what they read and write is ours, to the id.
 
 pytest tests/test_handover.py
 """
@@ -8,7 +8,7 @@ import json
 import runpy
 import sys
 import types
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import dpo
 import judge as judging
@@ -16,8 +16,8 @@ import model as lm
 import sample
 
 import pytest
-from conftest import LLAMA, write_checkpoint, write_tokenizer
-from make_handover_fixture import EOS, FILE, LR, STEPS, draw_rows, readme_script, write_long_policy
+from conftest import LLAMA, TESTS, write_checkpoint, write_tokenizer
+from make_handover_fixture import EOS, FILE, LR, STEPS, draw_rows, script_text, write_long_policy
 from make_judge_fixtures import ONE_LABEL, write_judge
 
 # TRL: log-probabilities and steps on the ids of a pairs file.
@@ -39,8 +39,8 @@ def pairs_file(tmp_path):
     return tmp_path / "pairs.jsonl"
 
 
-def test_the_fixture_was_made_by_the_script_that_readme_shows(trl):
-    shown = readme_script("DPOTrainer")
+def test_the_fixture_was_made_by_the_script_as_it_is(trl):
+    shown = script_text()
     again = "make tests/fixtures/trl/handover.json again"
     assert ast.dump(ast.parse(shown)) == ast.dump(ast.parse(trl["script"])), again
 
@@ -89,6 +89,8 @@ def test_trl_takes_our_steps(trl, policy, pairs_file):
         for name, theirs in names.items():
             assert record[name] == pytest.approx(row[theirs], rel=1e-4, abs=1e-4), name
 
+
+SCRIPT = TESTS / "handover" / "vllm_samples.py"
 
 # vLLM: a stand-in for its module, which "draws" outputs that are given here.
 
@@ -163,12 +165,10 @@ def test_vllms_draws_become_the_samples_that_sample_py_writes(tmp_path, monkeypa
     tokenizer = lm.load_tokenizer(write_tokenizer(folder))
     source, laws = tmp_path / "instructions.jsonl", []
     lm.write_jsonl(source, [{"prompt": "2 + 2?", "id": "é"}, {"prompt": "More?"}, {"prompt": "?"}])
-    script = tmp_path / "vllm_samples.py"
-    script.write_text(readme_script("from vllm import"), encoding="utf-8")
     monkeypatch.setitem(sys.modules, "vllm", stand_in(tokenizer, folder, laws))
-    argv = [str(script), str(folder), str(source), str(tmp_path / "samples.jsonl")]
+    argv = [str(SCRIPT), str(folder), str(source), str(tmp_path / "samples.jsonl")]
     monkeypatch.setattr(sys, "argv", argv)
-    runpy.run_path(str(script), run_name="__main__")
+    runpy.run_path(str(SCRIPT), run_name="__main__")
     options = sample.Options()
     (law,) = laws
     same = {"num_samples": "n", "max_new_tokens": "max_tokens"}
@@ -176,11 +176,11 @@ def test_vllms_draws_become_the_samples_that_sample_py_writes(tmp_path, monkeypa
         assert getattr(options, name) == law[same.get(name, name)]
     assert set(law["stop_token_ids"]) == set(tokenizer.stop_ids)
 
-    def complete(decoder, requests, *limits):
-        for request in requests:
-            number, *_ = request.name
-            for index, ids in enumerate(drawn_ids(tokenizer, number)):
-                yield request, index, sample.Completion(ids, ids[-1] in tokenizer.stop_ids)
+    def complete(decoder, groups, *law):
+        for group in groups:
+            number, *_ = group[0].name
+            for completion, ids in zip(group, drawn_ids(tokenizer, number), strict=True):
+                yield replace(completion, ids=ids, finished=ids[-1] in tokenizer.stop_ids)
 
     monkeypatch.setattr(sample, "complete", complete)
     rows, ours = sample.read_instructions(source), tmp_path / "ours.jsonl"
@@ -197,8 +197,6 @@ def test_judge_and_dpo_take_what_vllm_drew(tmp_path, monkeypatch, capsys):
     tokenizer = lm.load_tokenizer(write_tokenizer(folder))
     judge = write_judge(tmp_path / "judge", ONE_LABEL)
     lm.write_jsonl(tmp_path / "in.jsonl", [{"instruction": "2 + 2?"}, {"instruction": "More?"}])
-    script = tmp_path / "vllm_samples.py"
-    script.write_text(readme_script("from vllm import"), encoding="utf-8")
     monkeypatch.setitem(sys.modules, "vllm", stand_in(tokenizer, folder, []))
     monkeypatch.chdir(tmp_path)
 
@@ -206,8 +204,8 @@ def test_judge_and_dpo_take_what_vllm_drew(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", line.split())
         main()
 
-    monkeypatch.setattr(sys, "argv", [str(script), str(folder), "in.jsonl", "samples.jsonl"])
-    runpy.run_path(str(script), run_name="__main__")
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), str(folder), "in.jsonl", "samples.jsonl"])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
     run(
         judging.main,
         f"judge.py --judge {judge} --samples samples.jsonl --output scores.jsonl "

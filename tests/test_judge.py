@@ -70,17 +70,46 @@ def test_scores_are_those_of_transformers(folders, name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_scores_do_not_depend_on_order_or_batch(folders, name):
-    judge, rng = judging.load_judge(folders[name]), random.Random(0)
+    judge, rng, separately = judging.load_judge(folders[name]), random.Random(0), []
     for instruction, responses in tiny_judges.cases():
-        scores = dict(zip(responses, judge.score(instruction, responses), strict=True))
+        separately.append(judge.score(instruction, responses))
+        scores = dict(zip(responses, separately[-1], strict=True))
         for _ in range(2):
             part = rng.sample(responses, rng.randint(1, len(responses)))
             expected = [scores[response] for response in part]
             assert judge.score(instruction, part) == pytest.approx(expected, rel=1e-5, abs=1e-5)
-    together = [
-        result["scores"] for result in judge.run([("here", *c) for c in tiny_judges.cases()])
-    ]
-    assert together == [judge.score(*case) for case in tiny_judges.cases()]  # to the bit
+    together = judge.run([("here", *case) for case in tiny_judges.cases()])
+    assert [result["scores"] for result in together] == separately  # to the bit
+
+
+def test_a_chat_that_another_begins_with_is_read_at_its_own_end(folders, tmp_path):
+    """Where a template writes nothing behind a response, one chat can be another's beginning."""
+    folder = change(folders["one label"], tmp_path / "judge")
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
+    judge = judging.load_judge(folder)
+    responses = [words(n, 1)[:n] for n in (1, 40, 2, 41)]
+    chats = [judge.response_chat("here", "Hi", text) for text in responses]
+    assert chats[1] == chats[3][: len(chats[1])] and chats[0] == chats[2][: len(chats[0])]
+    for part in (responses, responses[::2], responses[1::2], responses[::-1]):
+        alone = [judge.score("Hi", [text])[0] for text in part]
+        assert judge.score("Hi", part) == pytest.approx(alone, rel=1e-5, abs=1e-5)
+        assert len({round(score, 3) for score in alone}) == len(part)
+
+
+def test_no_piece_that_a_judge_packs_is_empty(folders, monkeypatch):
+    packed, pack = [], judging.pack
+
+    def watched(pieces, *device):
+        packed.extend(len(ids) for ids, _ in pieces)
+        return pack(pieces, *device)
+
+    monkeypatch.setattr(judging, "pack", watched)
+    judge = judging.load_judge(folders["one label"])
+    for chats in ([(5, 6), (5, 6, 7)], [(5,), (5, 6)], [(5, 6), (5, 6)], [(5,)], [(5,), (6,)]):
+        judge.read(chats)
+    assert min(packed) == 1
 
 
 def test_equal_responses_tie_exactly(folders):
@@ -169,11 +198,12 @@ ONE_LABEL = {"architectures": ["LlamaForSequenceClassification"], "num_labels": 
         ("one label", {"architectures": None}, "architectures is None"),
         ("one label", {"architectures": ["GemmaForSequenceClassification"]}, "'Gemma"),
         ("one label", {"architectures": 5}, "architectures is 5"),
-        ("ArmoRM", {"num_objectives": "5"}, "num_objectives"),
-        ("ArmoRM", {"gating_hidden_dim": None}, "gating_hidden_dim"),
-        ("ArmoRM", {"gating_n_hidden": 1}, r"gating\.layers\.1"),
-        ("ArmoRM", {"num_objectives": 4}, r"shape .*\[5.*\[4"),
-        ("ArmoRM", {"architectures": ["LlamaForCausalLM"]}, "lm_head.weight is not there"),
+        ("ArmoRM", {"num_objectives": "5"}, "num_objectives.*TypeError.*str"),
+        ("ArmoRM", {"gating_hidden_dim": None}, "KeyError.*gating_hidden_dim"),
+        ("ArmoRM", {"gating_temperature": "x"}, "gating_.*ValueError.*'x'"),
+        ("ArmoRM", {"gating_n_hidden": 1}, r"gating\.layers\.[12]"),
+        ("ArmoRM", {"num_objectives": 4}, r"shape.*\[5.*\[4"),
+        ("ArmoRM", {"architectures": ["LlamaForCausalLM"]}, "Missing.*lm_head.weight"),
         ("pairwise", ONE_LABEL, r"score\.weight"),
     ],
 )
@@ -188,7 +218,7 @@ def test_a_judge_with_two_labels_is_refused(folders, tmp_path):
     tensors = load_file(folder / "model.safetensors")
     tensors["score.weight"] = tensors["score.weight"].repeat(2, 1)
     save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(InputError, match="this reward model has 2 labels; take one"):
+    with pytest.raises(InputError, match=r"score.weight.*\[2, .*\[1, "):
         judging.load_judge(folder)
 
 
@@ -198,7 +228,7 @@ def test_scores_that_are_not_finite_are_refused_by_line(folders, tmp_path):
     tensors["score.weight"] = torch.full_like(tensors["score.weight"], 3e38)
     save_file(tensors, folder / "model.safetensors")
     samples = write_rows(tmp_path / "in", [sample_row("Hi", [y]) for y in ("a", "b")])
-    with pytest.raises(InputError, match=r"in:1: outputs\[0\]: the judge's score is (nan|inf)"):
+    with pytest.raises(InputError, match=r"in:1: the judge's scores are not finite: .*(nan|inf)"):
         judging.score_file(judging.load_judge(folder), samples, tmp_path / "out")
 
 
@@ -603,9 +633,16 @@ def test_rho_is_the_smallest_that_makes_the_chosen_no_longer(tmp_path, capsys, l
         assert row["rejected_tokens"] == pytest.approx(rejected)
     fits = [row["rho"] for row, (c, r) in zip(table, means, strict=True) if c <= r]
     assert made["rho"] == min(fits, default=0.5)
-    assert ("warning: with no rho" in capsys.readouterr().err) == (not fits)
+    assert ("warning: the chosen responses are longer" in capsys.readouterr().err) == (not fits)
     if liking in (-0.5, 5.0):
         assert made["rho"] == (0 if liking < 0 else 0.5)
+
+
+def test_a_file_whose_rejected_outputs_all_failed_has_no_lengths_to_control(tmp_path, capsys):
+    scores = write_rows(tmp_path / "scores", [score_row([1.0, None], [3, 0])] * 2)
+    statistics = judging.write_pairs(scores, tmp_path / "pairs", "auto")
+    assert (statistics["rho"], statistics["failed"], statistics["pairs"]) == (0, 1, 2)
+    assert "warning: every rejected output failed" in capsys.readouterr().err
 
 
 def test_rows_of_pairs():
@@ -773,6 +810,7 @@ GOOD = sample_row("x", ["a", "b"])
         (GOOD | {"outputs": [{"ids": [1], "thought": "", "response": "a"}]}, "no finished"),
         (GOOD | {"outputs": [GOOD["outputs"][0] | {"finished": None}]}, "finished is neither"),
         (GOOD | {"instruction": None}, "no instruction"),
+        (GOOD | {"prompt_ids": None}, "no prompt_ids"),
     ],
 )
 def test_bad_samples_are_refused_by_line(folders, tmp_path, row, message):

@@ -1,4 +1,4 @@
-"""What the README says is true: links, options, function names, ratios; and the modules' shape.
+"""What the READMEs say is true: links, options, function names, ratios; the modules' shape.
 
 pytest tests/test_readme.py
 """
@@ -18,9 +18,11 @@ from unittest import mock
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", ROOT / "tests" / "README.md", *ROOT.glob("tests/*/README.md")]
+READMES = {path: path.read_text(encoding="utf-8") for path in sorted(PAGES)}
+README = READMES[ROOT / "README.md"]
 MODULES = ("model", "sample", "judge", "dpo", "train")
-# The README's commands of other programs.
+# Commands of other programs.
 OTHERS = ("vllm", "trl", "alpaca_eval", "accelerate", "hf", "huggingface-cli", "pip", "pytest")
 
 
@@ -33,8 +35,8 @@ def names_in(path):
 
 
 def commands():
-    """The lines of the README's shell blocks, continuations joined and comments left out."""
-    for block in re.findall(r"```(?:sh|bash|console)\n(.*?)```", README, re.DOTALL):
+    """The lines of the READMEs' shell blocks, continuations joined and comments left out."""
+    for block in re.findall(r"```sh\n(.*?)```", "\n".join(READMES.values()), re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
             if line.partition("#")[0].strip():
                 yield line.partition("#")[0]
@@ -59,7 +61,7 @@ def help_text(script):
 def help_of():
     """{script: its --help}: the modules, and what tests/ has to be called."""
     scripts = [f"{module}.py" for module in MODULES]
-    for folder in ("toy", "resume", "benchmarks"):
+    for folder in ("toy", "resume", "benchmarks", "real"):
         for path in sorted((ROOT / "tests" / folder).glob("*.py")):
             if "argparse.ArgumentParser(" in path.read_text():
                 scripts.append(str(path.relative_to(ROOT)))
@@ -68,21 +70,32 @@ def help_of():
     return found | {name.removesuffix("/__main__.py"): text for name, text in packages.items()}
 
 
-def test_links_resolve():
-    headings = re.findall(r"^#+ (.+)$", README, re.MULTILINE)
-    anchors = {re.sub(r"[^\w -]", "", text.lower()).replace(" ", "-") for text in headings}
-    for target in re.findall(r"\]\(([^)\s]+)[^)]*\)", README):
+def anchors_of(text):
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+every_readme = pytest.mark.parametrize(
+    "path", READMES, ids=lambda path: str(path.relative_to(ROOT))
+)
+
+
+@every_readme
+def test_links_resolve(path):
+    for target in re.findall(r"\]\(([^)\s]+)[^)]*\)", READMES[path]):
         if not target.startswith(("http://", "https://")):
-            file, _, anchor = target.partition("#")
-            assert (ROOT / file).exists(), target
-            assert file or anchor in anchors, target
+            name, _, anchor = target.partition("#")
+            file = (path.parent / name).resolve() if name else path
+            assert file.exists(), target
+            assert not anchor or anchor in anchors_of(READMES[file]), target
 
 
-def test_linked_functions_exist():
-    linked = re.findall(r"\[`(\w+)(?:\(\))?`\]\(([\w/]+\.py)(?:#\w+)?\)", README)
-    assert linked
+@every_readme
+def test_linked_functions_exist(path):
+    linked = re.findall(r"\[`(\w+)(?:\(\))?`\]\(([\w./]+\.py)(?:#\w+)?\)", READMES[path])
+    assert linked or path != ROOT / "README.md"
     for name, file in linked:
-        assert name in names_in(ROOT / file), f"{name} in {file}"
+        assert name in names_in(path.parent / file), f"{name} in {file}"
 
 
 def test_commands_name_what_there_is(help_of):
@@ -99,9 +112,19 @@ def test_commands_name_what_there_is(help_of):
             assert re.search(rf"{option}\b", text), line
 
 
+def test_ci_runs_the_commands_that_need_no_download():
+    """The block after the method's steps, as it stands."""
+    steps = README.partition("## The method")[2]
+    block = re.search(r"```sh\n(.*?)```", steps, re.DOTALL)[1]
+    ci = (ROOT / ".ci" / "run").read_text()
+    assert len(block) > 200
+    for line in block.splitlines():
+        assert line in ci, line
+
+
 def test_named_options_exist(help_of):
     own = "".join(help_of.values())
-    prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+    prose = re.sub(r"```.*?```", "", "\n".join(READMES.values()), flags=re.DOTALL)
     for option in re.findall(r"`(?:python \S+ )?(--[a-z][a-z-]*)", prose):
         assert re.search(rf"{option}\b", own), option
 
@@ -124,7 +147,8 @@ def claims():
 def test_the_ratios_are_those_that_the_benchmarks_check():
     """Of the tables with a checked ratio, every row that ends in one is checked, and holds."""
     checked, stated = claims().CLAIMS, {}
-    for table in re.findall(r"(?:^\|.*\|\n)+", README, re.MULTILINE):
+    text = READMES[ROOT / "tests" / "benchmarks" / "README.md"]
+    for table in re.findall(r"(?:^\|.*\|\n)+", text, re.MULTILINE):
         rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.split("\n")]
         if any(row[0] in checked for row in rows):
             stated |= {row[0]: float(row[-1]) for row in rows if re.fullmatch(r"[\d.]+", row[-1])}
@@ -171,4 +195,4 @@ def test_the_modules_are_small_and_begin_with_their_reason_to_exist():
     }
     for name, (start, most) in first.items():
         assert any(line.startswith(start) for line in lines[name][:most]), (start, most)
-    assert sum(map(len, lines.values())) <= 3620
+    assert sum(map(len, lines.values())) <= 3030

@@ -8,7 +8,6 @@ import io
 import json
 import os
 import random
-import subprocess
 import sys
 import weakref
 from collections import deque
@@ -30,11 +29,16 @@ from conftest import (
 )
 
 GREEDY = json.loads((FIXTURES / "greedy.json").read_text())
+FAMILIES = json.loads((FIXTURES / "families.json").read_text())
 SMALL = LLAMA | {"vocab_size": 97}
 
 
 def drawn(made):
     return [[(c.ids, c.finished) for c in own] for own in made]
+
+
+def request(name, prompt, stream):
+    return sample.Completion(prompt=prompt, stream=stream, name=name)
 
 
 def decoder_of(llm, slots, length=256):
@@ -61,21 +65,38 @@ def greedy_model(tmp_path_factory):
     return lm.load_model(folder)
 
 
+def check_greedy(llm, case, prompts, slots):
+    """What `generate` says greedily of `prompts` against a fixture's case; the outputs' lengths."""
+    stops, law = case["stop_ids"], {"num_samples": 1, "temperature": 0}
+    law |= {"max_new_tokens": case["max_new_tokens"], "stop_ids": stops}
+    held = decoder_of(llm, slots)
+    made = sample.generate(llm, prompts, **law, decoder=held)
+    assert [own[0].ids for own in made] == case["outputs"]
+    for (completion,) in made:
+        assert completion.finished == (completion.ids[-1] in stops)
+        assert not set(completion.ids[:-1]) & set(stops)
+    return {len(own[0].ids) for own in made}
+
+
 @decodes
 @pytest.mark.reference
 @pytest.mark.parametrize("slots", [2, 64])
 def test_greedy_is_transformers_token_by_token(slots, greedy_model):
     """Prompts of 1 to 90 tokens in one batch, three stop ids, rows that end at different steps."""
-    stops, law = GREEDY["stop_ids"], {"num_samples": 1, "temperature": 0}
-    law |= {"max_new_tokens": GREEDY["max_new_tokens"], "stop_ids": stops}
-    held = decoder_of(greedy_model, slots)
-    made = sample.generate(greedy_model, GREEDY["prompts"], **law, decoder=held)
-    assert [own[0].ids for own in made] == GREEDY["outputs"]
-    lengths = {len(own[0].ids) for own in made}
+    lengths = check_greedy(greedy_model, GREEDY, GREEDY["prompts"], slots)
     assert len(lengths) > 10 and 1 in lengths
-    for (completion,) in made:
-        assert completion.finished == (completion.ids[-1] in stops)
-        assert not set(completion.ids[:-1]) & set(stops)
+
+
+@decodes
+@pytest.mark.reference
+@pytest.mark.parametrize("slots", [2, 64])
+@pytest.mark.parametrize("name", FAMILIES["cases"])
+def test_greedy_is_transformers_in_the_newer_families(name, slots, tmp_path):
+    """Norms on q and k, and layers without rotation, through the cache."""
+    case = FAMILIES["cases"][name]
+    llm = lm.load_model(write_checkpoint(tmp_path, case["config"], case["seed"]))
+    lengths = check_greedy(llm, case, FAMILIES["prompts"], slots)
+    assert len(lengths) > 10 and 1 in lengths
 
 
 def nucleus(logits, temperature, top_p):
@@ -107,6 +128,39 @@ def chi_square_is_likely(counts, law):
 def exact_logits(llm, tokens):
     with torch.no_grad():
         return llm(torch.tensor([tokens]))[0, -1].double().numpy()
+
+
+@pytest.mark.parametrize("V", [1, 97, 264, 1280, 49152])
+def test_two_steps_down_the_cdf_find_the_place_of_one(V):
+    """Against one float64 sum over the row, with zeros among the weights and uniforms at the ends.
+
+    Blocks are of 1, 1, 8, 128 and 128 words.
+    """
+    draws = np.random.default_rng(V)
+    weights = draws.exponential(size=V) * (draws.random(V) < 0.5)
+    weights[draws.integers(V)] = V
+    ends = [0.0, 2.0**-53, 1 - 2.0**-53]
+    uniforms = np.concatenate([ends, draws.random(2000)])
+    rows = torch.tensor(weights, dtype=torch.float32).expand(len(uniforms), V)
+    found = sample.draw_from(rows, torch.tensor(uniforms)).numpy()
+    cdf = np.cumsum(weights) / weights.sum()
+    assert (weights[found] > 0).all()
+    assert (uniforms < cdf[found] + 1e-6).all()
+    assert (uniforms >= cdf[found] - weights[found] / weights.sum() - 1e-6).all()
+    if V > 1:
+        assert found.min() < V / 4 and len(set(found)) > 20
+
+
+@pytest.mark.parametrize("temperature, top_p", [(0.8, 0.95), (1.0, 0.4), (1.0, 0.03)])
+def test_the_law_over_a_vocabulary_of_blocks(temperature, top_p):
+    draws = np.random.default_rng(5)
+    logits = np.round(draws.normal(size=384) * 2, 1)  # so that some are equal
+    count = 40_000
+    rows = torch.tensor(logits, dtype=torch.float32).expand(count, -1)
+    tokens = sample.draw(rows, torch.tensor(draws.random((count, 2))), temperature, top_p)
+    counts, law = np.bincount(tokens, minlength=384), nucleus(logits, temperature, top_p)
+    assert counts[law == 0].sum() == 0
+    assert (law > 0).sum() == 1 or chi_square_is_likely(counts, law)
 
 
 LAWS = [(0.8, 0.95), (1.0, 1.0), (1.7, 0.5), (5.0, 0.99), (0.3, 0.3)]
@@ -246,6 +300,11 @@ def test_names_are_what_the_draws_follow(llm, alone):
         generate(llm, PROMPTS, 1, 1, names=[0])
 
 
+def test_equal_names_are_refused(llm):
+    with pytest.raises((AssertionError, ValueError, lm.InputError)):
+        sample.generate(llm, [[1], [2]], 1, 5, names=["a", "a"])
+
+
 @decodes
 def test_a_longer_limit_only_adds(llm, alone):
     longer = generate(llm, PROMPTS[:2], 3, 4, max_new_tokens=33)
@@ -278,7 +337,10 @@ def test_the_context_is_filled_to_its_last_token(slots, llm):
     ((last,), (more,)) = sample.generate(llm, prompts[:2], 1, 50, 0, decoder=held)
     assert last.ids == [exact_logits(llm, prompts[0]).argmax()]
     assert more.ids[-1] == exact_logits(llm, prompts[1] + more.ids[:-1]).argmax()
-    for bad, message in (([7] * 256, "prompt 1 has 256 tokens"), ([], "prompt 1 is empty")):
+    for bad, message in (
+        ([7] * 256, "prompt 1 has 256 tokens: 1 to 255"),
+        ([], "prompt 1 has 0 tokens: 1 to"),
+    ):
         with pytest.raises(lm.InputError, match=message):
             sample.generate(llm, [[1], bad], 1, 5)
 
@@ -315,35 +377,37 @@ def test_slots_are_not_wasted_and_every_completion_comes_as_soon_as_it_ends(llm)
     tokens = sum(len(c.ids) - 1 for own in made for c in own)
     assert sum(steps) == tokens, "no step is spent on a row that has ended"
     assert len(steps) <= tokens / 8 + 40
-    requests = deque(
-        sample.Request(i, [i], [(0, "completion", i, j) for j in range(4)]) for i in range(10)
-    )
+    groups = deque([request(i, [i], (0, "completion", i, j)) for j in range(4)] for i in range(10))
     steps.clear()
-    for request, index, completion in sample.complete(held, requests, **law):
-        assert completion == made[request.name][index]
+    stops = law.pop("stop_ids")
+    for completion in sample.complete(held, groups, sample.Options(**law), stops):
+        i, j = completion.stream[2:]
+        assert completion.name == i
+        assert (completion.ids, completion.finished) == (made[i][j].ids, made[i][j].finished)
         length = len(completion.ids)
         # Its first token came from the prefill, and every other took a step.
         assert length == 1 or len(steps) >= length - 1
-        made[request.name][index] = None
+        made[i][j] = None
     assert made == [[None] * 4] * 10
 
 
 @decodes
 def test_requests_that_come_meanwhile_are_completed_too(llm):
     """A request that is added when another ends draws what it draws alone."""
-    law = {"max_new_tokens": 9, "temperature": 1.0, "top_p": 1.0, "stop_ids": (1, 2, 3)}
+    law = (sample.Options(max_new_tokens=9, temperature=1.0, top_p=1.0), (1, 2, 3))
     streams = [(7, "completion", i, 0) for i in range(6)]
     alone = []
     for stream in streams:
-        request = sample.Request(stream, [5, 6], [stream])
-        ((_, _, completion),) = sample.complete(decoder_of(llm, 1), deque([request]), **law)
-        alone.append(completion)
-    left = deque(sample.Request(i, [5, 6], [streams[i]]) for i in range(6))
-    requests, completed = deque([left.popleft()]), {}
-    for request, _, completion in sample.complete(decoder_of(llm, 2), requests, **law):
-        completed[request.name] = completion
+        held = decoder_of(llm, 1)
+        groups = deque([[request(stream, [5, 6], stream)]])
+        (completion,) = sample.complete(held, groups, *law)
+        alone.append((completion.ids, completion.finished))
+    left = deque([request(i, [5, 6], streams[i])] for i in range(6))
+    groups, completed = deque([left.popleft()]), {}
+    for completion in sample.complete(decoder_of(llm, 2), groups, *law):
+        completed[completion.name] = (completion.ids, completion.finished)
         if left:
-            requests.append(left.popleft())
+            groups.append(left.popleft())
     assert [completed[i] for i in range(6)] == alone
 
 
@@ -844,7 +908,7 @@ BAD_INSTRUCTIONS = [
     ("a.json", b"[", "a.json: not UTF-8 JSON"),
     ("a.json", b'{"prompt": "x"}\n{"prompt"', "a.json:2: not UTF-8 JSON"),
     ("a.jsonl", b"[1]", "a.jsonl: entry 1 is 1, not a JSON object"),
-    ("a.jsonl", b'"x"', "a.jsonl:1: a JSON string where a JSON object should be"),
+    ("a.jsonl", b'"x"', "a.jsonl:1 is JSON, but not an object"),
     ("a.jsonl", b'\n{"text": "x"}', "a.jsonl:2: " + NO_TEXT),
     ("a.jsonl", b'{"question": " "}', "a.jsonl:1: " + NO_TEXT),
     ("a.jsonl", b'{"instruction": null, "prompt": "x"}', "a.jsonl:1: " + NO_TEXT),
@@ -866,9 +930,7 @@ def test_a_prompt_beyond_the_context_is_refused_by_its_place(tiny):
     rows = [{"instruction": "x"}, {"instruction": "y" * 300}]
     tokenizer, config = lm.load_tokenizer(tiny), lm.read_config(tiny)
     message = refused(sample.make_prompts, rows, tokenizer, "none", config, "f")
-    expected = (
-        "f: the prompt of instruction 2 has {} tokens, which leaves no room in a context of 256"
-    )
+    expected = "f: the prompt of instruction 2 has {} tokens: 1 to 255 leave room for more"
     chat = tokenizer.apply_chat_template([{"role": "user", "content": "y" * 300}])
     assert message == expected.format(len(chat))
 
@@ -886,11 +948,11 @@ COMMANDS = [
     (FILES + "--format arena_hard", "a.jsonl: instruction 1 has no uid"),
     (FILES + "--format x", "argument --format: invalid choice: 'x'"),
     (FILES + "--cache-memory 0.000001", "--cache-memory: one sequence of"),
-    (FILES + "--num-samples 0", "argument --num-samples: 0 is out of range: at least 1"),
+    (FILES + "--num-samples 0", "argument --num-samples: 0 is out of range, 1 to inf"),
     (FILES + "--num-samples x", "argument --num-samples: invalid int value: 'x'"),
-    (FILES + "--top-p 0", "argument --top-p: 0 is out of range: at least 1e-06 and at most 1"),
+    (FILES + "--top-p 0", "argument --top-p: 0.0 is out of range, 1e-06 to 1"),
     (FILES + "--top-p nan", "argument --top-p: nan is out of range"),
-    (FILES + "--temperature -1", "argument --temperature: -1 is out of range"),
+    (FILES + "--temperature -1", "argument --temperature: -1.0 is out of range"),
     (FILES + "--cache-memory inf", "argument --cache-memory: inf is out of range"),
     (FILES + "--device mps", "--device mps: not supported; take cpu, cuda or cuda:1"),
     (FILES + "--device xpu:0", "--device xpu:0: not supported"),
@@ -918,24 +980,35 @@ def test_an_instruction_that_is_no_text(text, run, tiny):
     assert refused(run, "--model", tiny, "--thought", "none", text) == "the instruction is empty"
 
 
-@pytest.mark.parametrize("encoding", ["ascii"])
-def test_what_a_terminal_cannot_show_is_replaced(encoding, folder):
+@pytest.mark.parametrize("given", ["typed", "argument"])
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_what_a_terminal_cannot_show_is_replaced(encoding, given, folder, monkeypatch):
     """Its input likewise: bytes that are no text in its encoding, typed or as an argument."""
-    words = [sys.executable, sample.__file__, "--model", folder, "--thought", "none"]
+    words = ["sample.py", "--model", str(folder), "--thought", "none"]
     words += ["--max-new-tokens", "9", "--temperature", "5"]
-    environment = os.environ | {"PYTHONIOENCODING": encoding, "OMP_NUM_THREADS": "1"}
-    typed = b"Caf\xc3\xa9 \xff?\n"
-    for more, given in (([], typed), ([typed.strip()], b"")):
-        done = subprocess.run([*words, *more], input=given, capture_output=True, env=environment)
-        assert done.returncode == 0 and not done.stderr, done.stderr
-        assert done.stdout.decode(encoding).strip()
+    text = b"Caf\xc3\xa9 \xff?"
+    if given == "argument":
+        words.append(os.fsdecode(text))  # as Python itself makes sys.argv
+    monkeypatch.setattr(sys, "argv", words)
+    # As Python makes them with PYTHONIOENCODING: strict.
+    streams = {name: io.BytesIO() for name in ("stdin", "stdout", "stderr")}
+    streams["stdin"] = io.BytesIO((text + b"\n") * (given == "typed"))
+    for name, stream in streams.items():
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(stream, encoding=encoding))
+    monkeypatch.setattr("signal.signal", lambda *args: None)
+    lm.run_main(sample.main)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    assert not streams["stderr"].getvalue(), streams["stderr"].getvalue()
+    said = streams["stdout"].getvalue()
+    assert said.decode(encoding).strip() and b"?" in said
 
 
 def test_one_instruction_to_the_terminal(run, folder, often_cut):
     flags = ["--model", folder, "Hi", "--max-new-tokens", 40]
     plain = run(*flags, "--thought", "none")
     assert plain.out.strip() and not plain.err
-    uncut = "no response in the output; see --show-thought\n"
+    uncut = "no response in the output\n"
     cut = run(*flags).out  # tried up to four times
     assert cut.strip() and not cut.startswith(uncut)
     both = run(*flags, "--show-thought").out
@@ -956,3 +1029,20 @@ def test_instructions_of_standard_input_one_a_line(run, folder, monkeypatch):
     assert run(*flags).out == "".join(alone)
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     assert run(*flags).out == ""
+
+
+def test_a_changed_file_of_instructions_has_other_samples(tiny, tmp_path, monkeypatch):
+    """What a stop left is resumed only for the same contents, whatever the file's name."""
+    file, keys = tmp_path / "in.jsonl", []
+
+    def stop(model, tokenizer, rows, options, path, key, *_):
+        keys.append(key)
+        raise lm.InputError("stopped")
+
+    monkeypatch.setattr(sample, "sample_file", stop)
+    words = f"sample.py --model {tiny} --instructions {file} --output {tmp_path / 'out'}".split()
+    monkeypatch.setattr(sys, "argv", words)
+    for text in ("one", "two", "one"):
+        lm.write_jsonl(file, [{"instruction": text}])
+        refused(sample.main)
+    assert keys[0] == keys[2] != keys[1]

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 import weakref
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -32,6 +33,7 @@ import train
 
 import huggingface_hub
 import pytest
+import torch
 from conftest import LLAMA, write_checkpoint, write_tokenizer
 from resume.faults import contents, make_world, start
 from toy import plot, reproduce
@@ -62,7 +64,7 @@ def options_of(world, *flags):
     """The Run that a command makes, before it begins."""
     caught = RuntimeError("begun")
     with (
-        mock.patch.object(train, "begin", side_effect=caught) as begin,
+        mock.patch.object(train, "read_inputs", side_effect=caught) as begin,
         pytest.raises(RuntimeError),
     ):
         run(world, world / "never", *flags)
@@ -175,12 +177,15 @@ def test_an_epoch_of_which_nothing_can_be_cut_is_below_any_score(scores, kept, w
 
 
 def test_only_one_model_and_no_optimizer_is_held_at_a_time(world, tmp_path, monkeypatch):
-    """A GPU's KV cache takes the room that they would need: at samplings and at judgings."""
-    weights, seen = weakref.WeakSet(), []
+    """A GPU's KV cache takes the room that they would need: at samplings and at judgings.
+
+    Every model is in a reference cycle here, as autograd may leave one, and nothing but the run
+    itself collects: it does before each load, and then hands back what torch keeps.
+    """
+    weights, seen, emptied = weakref.WeakSet(), [], []
 
     def watched(function):
         def call(*args, **kwargs):
-            gc.collect()
             optimizers = [x for x in gc.get_objects() if type(x) is dpo.AdamW]
             seen.append((function.__name__, len(weights), len(optimizers)))
             assert (len(weights), optimizers) == (1, []), seen
@@ -189,14 +194,22 @@ def test_only_one_model_and_no_optimizer_is_held_at_a_time(world, tmp_path, monk
         return call
 
     def load_weights(module, *args, load=lm.load_weights):
+        assert len(weights) == 0 and emptied[-1:] == [0], "the one before is gone, and its memory"
+        emptied.clear()
         weights.add(module)
+        module.__dict__["cycle"] = [module]
         return load(module, *args)
 
     monkeypatch.setattr(lm, "load_weights", load_weights)
     monkeypatch.setattr(judging, "load_weights", load_weights)
     monkeypatch.setattr(sample, "sample_file", watched(sample.sample_file))
     monkeypatch.setattr(judging, "score_file", watched(judging.score_file))
-    run(world, tmp_path / "run", "--iterations", 1, "--epochs", 2)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(len(weights)))
+    gc.disable()
+    try:
+        run(world, tmp_path / "run", "--iterations", 1, "--epochs", 2)
+    finally:
+        gc.enable()
     assert [name for name, *_ in seen].count("sample_file") == 2 + 1 + 2
 
 
@@ -221,13 +234,6 @@ def test_what_other_options_or_other_files_make_is_refused_by_name(finished, wor
         (folder / "options.json").write_text(json.dumps({**options, name: str(path)}))
         with pytest.raises(lm.InputError, match=f"{name}_sha256"):
             run(world, folder, *same, f"--{name}", path)
-
-
-def test_keep_last_leaves_one_trained_checkpoint(world, tmp_path):
-    run(world, tmp_path, "--keep", "last", "--select", "last", "--prompts-per-iteration", 4)
-    kept = [path.parent.name for path in tmp_path.glob("iteration-*/checkpoint")]
-    assert kept == ["iteration-2"]
-    assert [row["epoch"] for row in rows_of(tmp_path, "validation")[2:]] == [2, 2]
 
 
 def test_a_second_process_is_refused_and_sigterm_says_how_to_resume(world, tmp_path):
@@ -321,50 +327,60 @@ def test_the_lines_of_a_run_are_few_and_no_wider_than_a_terminal(finished, world
     assert "4 iterations on cpu: K = 4 outputs to 10 instructions" in lines[0]
     for name in ("seed", "judge", "run"):
         assert any(line.startswith(f"{name} ") for line in lines[1:4])
+    assert lines[4].split() == "exact match win rate not parsed thought response".split()
     for line, style, how in zip(
-        lines[4:6], ("none", "specific"), ("directly", "to think"), strict=True
+        lines[5:7], ("none", "specific"), ("directly", "to think"), strict=True
     ):
         (row,) = rows_of(finished[0], "validation", iteration=0, thought=style)
-        assert line.startswith(f"seed, {how}: exact match {row['exact_match']:.1%} (")
-        assert f"), win rate {row['win_rate']:.1%} (" in line
+        cells = re.split(r" {2,}", line)
+        assert cells[0] == f"seed, {how}" and cells[1].startswith(f"{row['exact_match']:.1%} (")
+        assert cells[2].startswith(f"{row['win_rate']:.1%} (")
     for t in range(1, 5):
         assert any(line.startswith(f"iteration {t} of 4") for line in lines)
-        assert sum(line.startswith(f"    iteration {t}, ") for line in lines) == 1
-    for name in ("seed, directly ", "seed, to think ", "iteration 4  "):
+    for name, count in (("seed, directly ", 2), ("seed, to think ", 2), ("iteration 4  ", 1)):
+        assert sum(line.startswith(name) for line in lines) == count, name
+    for name in ("before  ", "after   "):
         assert sum(line.startswith(name) for line in lines) == 1, name
     for word in ("sampling", "judging", "DPO", "validation"):
         assert sum(line.startswith(f"  {word} ") for line in lines) == 4
     assert "python sample.py --model" in text
 
 
-def test_an_example_is_what_the_seed_got_wrong_and_every_iteration_again(monkeypatch):
-    def row(thought, response):
-        output = {"text": "cut\x1b[31m" * 40, "thought": thought, "response": response}
-        return {"instruction": "Why\a\n\nso?", "answer": "b c", "outputs": [output]}
+def test_an_example_is_what_the_seed_got_wrong_before_and_after(monkeypatch, capsys):
+    def row(text, response, instruction="Why\a\n\nso?"):
+        output = {"text": text, "response": response}
+        return {"instruction": instruction, "answer": "b c", "outputs": [output]}
 
-    files = [[row("d", "b c"), row("a\n" * 99, "b\rd\x1b")]]
-    files += [[row("d", "e"), row(None, None)], [row("d", "e"), row("\a", "b c")]]
+    longer = row("no", "no", "Why is it so?")
+    files = [[row("right", "b c"), longer, row("a\n" * 300 + "\x1b[31m", "b d")]]
+    files += [[row("d", "e"), longer, row("\ad <R>\rb c\x1b", "b c")]]
     monkeypatch.setattr(train, "read_rows", lambda t: files[t])
-    run = SimpleNamespace(file=lambda t, name: t, sampling=SimpleNamespace(thought="specific"))
-    first, seed, response = train.example(run, 0).split("\n")
-    assert (first, response) == ("    Why so?", " " * 24 + "b d")
-    assert seed == "    seed, wrong         a" + " a" * 25 + " ..." and len(seed) <= 80
-    assert train.example(run, 1).startswith("    iteration 1, wrong  cut [31mcut")
-    assert train.example(run, 2) == "    iteration 2, right  b c"
+    run = SimpleNamespace(
+        file=lambda t, name: min(t, 1),
+        sampling=SimpleNamespace(thought="specific"),
+        options=SimpleNamespace(iterations=2),
+    )
+    train.print_example(run)
+    first, *before, after = capsys.readouterr().out.splitlines()
+    assert (first.split(), after) == (["Why", "so?"], "after    d <R> b c")
+    assert len(before) == 6 and max(map(len, before)) <= 80
+    assert before[0] == "before  " + "a " * 35 + "a" and before[-1].endswith(" [...]")
+    files[0] = files[1] = [row("x", "b c")]  # nothing wrong: there is an example all the same
+    train.print_example(run)
+    assert capsys.readouterr().out.split() == "Why so? before x after x".split()
 
 
-def test_report_shows_runs_and_their_categories(finished, capsys):
+def test_report_shows_the_table_of_each_run(finished, capsys):
     folder = str(finished[0])
     with mock.patch.object(sys, "argv", ["train.py", "--report", folder, folder]):
         train.main()
     text = capsys.readouterr().out
-    assert text.count(folder) == 2 and text.count("seed, directly") == 4
+    assert text.count(folder) == 2 and text.count("seed, directly") == 2
     last = rows_of(finished[0], "validation", iteration=4)[0]
     (line,) = {line for line in text.splitlines() if line.startswith("iteration 4")}
     low, high = (f"{100 * end:.0f}" for end in last["win_rate_interval"])
     assert f"{100 * last['win_rate']:.1f}% ({low} to {high})" in line
     assert f"{last['thought_tokens']:.1f}" in line and f"{last['response_tokens']:.1f}" in line
-    assert any(line.startswith("a ") for line in text.splitlines())
 
 
 # Figures
@@ -491,11 +507,11 @@ def test_exact_match_has_an_interval_over_the_instructions_with_answers():
     assert rows["count"] == 313 and rows["exact_match"] == 81 / 263
     assert rows["exact_match_interval"] == pytest.approx([0.2553, 0.3662], abs=6e-5)
     assert chat["exact_match"] is chat["exact_match_interval"] is None
-    row = {"stage": "validation", "iteration": 1, "thought": "none", **rows}
-    row["by_category"] = {"chat": chat, "sum": rows}
-    cells = [re.split(r" {2,}", line) for line in train.report([row], True).splitlines() if line]
-    assert ["iteration 1", "30.8% (26 to 37)", "50.0% (44 to 56)"] in [c[:3] for c in cells]
-    assert ["sum", "30.8% (26 to 37)"] in cells and ["chat", "-"] in cells
+    row = {"stage": "validation", "thought": "none"}
+    table = train.report([{**row, "iteration": 1, **rows}, {**row, "iteration": 2, **chat}])
+    cells = [re.split(r" {2,}", line)[:3] for line in table.splitlines()]
+    assert ["iteration 1", "30.8% (26 to 37)", "50.0% (44 to 56)"] in cells
+    assert ["iteration 2", "-", "50.0% (37 to 63)"] in cells
 
 
 def test_where_nothing_can_be_cut_there_is_no_score_and_every_comparison_is_lost():
@@ -587,10 +603,7 @@ def test_a_recipe_is_flags_and_a_flag_wins(world, tmp_path):
 
 
 REFUSALS = {
-    "few instructions": (
-        "--iterations 5",
-        "40 different instructions, and 5 iterations of 10 take 50",
-    ),
+    "few instructions": ("--iterations 5", "40 different instructions, 50 are needed"),
     "no folder": ("--model /nowhere/at all", "no such folder"),
     "no file": ("--instructions /nowhere.jsonl", "No such file"),
     "no recipe": ("--recipe /nowhere.json", "No such file"),
@@ -601,8 +614,8 @@ REFUSALS = {
     "nan": ("--lr nan", "argument --lr: nan is out of range"),
     "negative": ("--rho -1", "argument --rho: -1 is neither auto nor"),
     "words": ("--rho much", "argument --rho: invalid number_or_auto value: 'much'"),
-    "zero": ("--iterations 0", "argument --iterations: 0 is out of range: at least 1"),
-    "a choice": ("--select worst", "--select"),
+    "zero": ("--iterations 0", "argument --iterations: 0 is out of range"),
+    "a choice": ("--thought worst", "--thought"),
     "no number": ("--epochs many", "--epochs"),
     "an unknown option": ("--colour red", "--colour"),
     "device": ("--device cuda:77", "--device cuda:77"),
@@ -675,6 +688,8 @@ def test_the_toy_world_is_made_from_nothing(tmp_path, monkeypatch):
         own = getattr(make, name)
         monkeypatch.setattr(make, name, lambda *given, own=own: own(*given[:-1], given[-1][:1]))
     monkeypatch.setattr(make.torch, "set_num_threads", lambda count: None)
+    # Its iteration is in 16 bits, which a CPU may do slowly.
+    monkeypatch.setattr(make.torch.optim, "Muon", partial(make.torch.optim.Muon, ns_steps=1))
     monkeypatch.setattr(sys, "argv", ["make.py"])
     make.main()
     for name in ("train.jsonl", "validation.jsonl", "recipe.json"):

@@ -28,7 +28,7 @@ PARTS = {"sampling": bench_sampling.run, "judge": bench_judge.run, "dpo": bench_
 
 def main():
     parser = argparse.ArgumentParser(
-        prog="python tests/benchmarks", description="Measures the README's figures again."
+        prog="python tests/benchmarks", description="Measures the figures of README.md again."
     )
     add = parser.add_argument
     add("part", nargs="?", choices=PARTS, help="one table (default: all)")

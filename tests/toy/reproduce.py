@@ -37,8 +37,10 @@ ABLATIONS = {
     "K 2": ["--num-samples", "2"],
     "K 4": ["--num-samples", "4"],
     "NLL weight 1": ["--nll-weight", "1"],
-    "last epoch": ["--select", "last"],
     "failed not rejected": ["--no-reject-failed"],
+    # One iteration then does nearly all of it, and no rho works on the pairs that are left.
+    "lr 5.5e-5": ["--lr", "5.5e-5"],
+    "lr 5.5e-5, rho 0": ["--lr", "5.5e-5", "--rho", "0"],
 }
 
 
@@ -102,7 +104,9 @@ class Result:
     def __init__(self, arm, seed):
         folder = folder_of(arm, seed)
         log = read_rows(folder / "log.jsonl")
-        self.rhos = [row["rho"] for row in log if row["stage"] == "judge"]
+        judged = [row for row in log if row["stage"] == "judge"]
+        self.rhos = [row["rho"] for row in judged]
+        self.warned = [row["chosen_tokens"] > row["rejected_tokens"] for row in judged]
         rows = [row for row in log if row["stage"] == "validation"]
         self.seed_rows = {row["thought"]: row for row in rows if row["iteration"] == 0}
         self.rows = [row for row in rows if row["iteration"] > 0]
@@ -160,30 +164,66 @@ def finding(number, text, figures, holds):
     print(f"{number}. {text}\n   {sum(holds)} of {len(holds)} seeds; {figures}")
 
 
+def course(result):
+    """Exact match in percent of the seed and after every iteration."""
+    first = result.seed_rows[result.last["thought"]]
+    return [100 * row["exact_match"] for row in (first, *result.rows)]
+
+
+def courses(results, seeds):
+    """Each seed's course and their mean: exact match, and what the rule for rho took."""
+    table = [["seed", "untrained", *(f"iteration {row['iteration']}" for row in results[0].rows)]]
+    table[0] += ["win rate at the end", "rho"]
+    for seed, result in zip(seeds, results, strict=True):
+        cells = [f"{value:.1f}" for value in course(result)]
+        rhos = ", ".join(f"{rho:g}" for rho in result.rhos)
+        table.append([str(seed), *cells, f"{100 * result.last['win_rate']:.1f}", rhos])
+    means = [statistics.mean(column) for column in zip(*map(course, results), strict=True)]
+    wins = statistics.mean(100 * result.last["win_rate"] for result in results)
+    table.append(["mean", *(f"{value:.1f}" for value in means), f"{wins:.1f}", ""])
+    return markdown(table)
+
+
 def findings(seeds):
     tpo, direct, free = ([Result(arm, seed) for seed in seeds] for arm in MAIN_ARMS)
-    points = [
+    for arm, results in zip(MAIN_ARMS, (tpo, direct, free), strict=True):
+        print(f"{arm}: exact match\n\n{courses(results, seeds)}\n")
+    untrained = [
         100 * (r.seed_rows["specific"]["exact_match"] - r.seed_rows["none"]["exact_match"])
         for r in tpo
     ]
     finding(
         1,
-        "Untrained, thinking is at least 3 points of exact match below direct.",
-        f"thinking minus direct: {spread(points)} points",
-        [p <= -3 for p in points],
+        "Untrained, thinking is at least 5 points of exact match below direct.",
+        f"thinking minus direct: {spread(untrained)} points",
+        [points <= -5 for points in untrained],
     )
-    gains = gains_over(tpo, direct)
+    # After each iteration, a list of seeds: thinking less direct.
+    leads = [
+        [a - b for a, b in zip(course(ours), course(theirs), strict=True)]
+        for ours, theirs in zip(tpo, direct, strict=True)
+    ]
     wins = [100 * win_rate(a.scores(), b.scores())[0] for a, b in zip(tpo, direct, strict=True)]
+    by_iteration = "; ".join(spread(column) for column in zip(*leads, strict=True))
     finding(
         2,
-        "Trained, thinking is 10 points above the direct baseline and wins over 55%.",
-        f"exact match {spread(gains)} points, win rate {spread(wins, '.1f', '%')}; of what both "
-        f"answer right, {same_words(tpo, direct):.0%} in the same words",
-        [g >= 10 and w > 55 for g, w in zip(gains, wins, strict=True)],
+        "Thinking passes direct at the second iteration, and ends at least 15 points above it.",
+        f"thinking minus direct, from the seed on: {by_iteration} points; at the end win rate "
+        f"{spread(wins, '.1f', '%')}; of what both answer right, {same_words(tpo, direct):.0%} in "
+        "the same words",
+        [lead[1] <= 2 and lead[2] > 0 and lead[-1] >= 15 for lead in leads],
+    )
+    steps = [[b - a for a, b in pairwise(course(r))] for r in tpo]
+    by_iteration = "; ".join(spread(column) for column in zip(*steps, strict=True))
+    finding(
+        3,
+        "Each iteration gains at least 2 points, none more than 60% of the whole.",
+        f"gains: {by_iteration} points",
+        [min(step) >= 2 and max(step) <= 0.6 * sum(step) for step in steps],
     )
     shrunk = [-change(r.lengths("thought_tokens")) for r in tpo]
     finding(
-        3,
+        4,
         "Thoughts shrink by 10% or more.",
         f"by {spread(shrunk, '.1f', '%')}",
         [s >= 10 for s in shrunk],
@@ -191,20 +231,25 @@ def findings(seeds):
     controlled = [change(r.lengths("response_tokens")) for r in tpo]
     grown = [r.lengths("response_tokens") for r in free]
     by_iteration = [f"{statistics.mean(column):.1f}" for column in zip(*grown, strict=True)]
-    rhos = [f"{statistics.mean(column):.2f}" for column in zip(*(r.rhos for r in tpo), strict=True)]
     finding(
-        4,
+        5,
         "With rho 0 responses grow every iteration; with the default they stay within 5%.",
-        f"default rho (on average {', '.join(rhos)}) {spread(controlled)}%, rho 0 "
-        f"{spread(map(change, grown))}%: on average {', '.join(by_iteration)} tokens; exact match "
-        "of the default less that of rho 0: "
+        f"default rho {spread(controlled)}%, rho 0 {spread(map(change, grown))}%: on average "
+        f"{', '.join(by_iteration)} tokens; exact match of the default less that of rho 0: "
         f"{spread(gains_over(tpo, free))} points",
         [
             abs(c) <= 5 and all(a < b for a, b in pairwise(g))
             for c, g in zip(controlled, grown, strict=True)
         ],
     )
-    print("5. Gains by category, in points of exact match, with 95% intervals.\n")
+    warned = [sum(r.warned) for r in tpo]
+    finding(
+        6,
+        "The rule for rho makes the chosen no longer than the rejected, without a warning.",
+        f"warnings in four iterations: {', '.join(map(str, warned))}",
+        [not count for count in warned],
+    )
+    print("Gains by category, in points of exact match, with 95% intervals.\n")
     print(categories(tpo, direct))
 
 
