@@ -69,7 +69,7 @@ def output_logprobs(model, pairs, keep_activations=0, logit_rows=512):
     #     input      prompt[:-1]   last, chosen[:-1]   last, rejected[:-1]
     #     predicts   (ignored)     chosen              rejected
     pieces = []  # of the row: ids, and which piece they continue
-    is_output = []  # of each input token: does it predict an output's?
+    is_output = []  # per input token: does it predict an output token?
     targets = []  # chosen, rejected, chosen, ... end to end
     lengths = []
     for pair in pairs:
@@ -100,7 +100,7 @@ def output_logprobs(model, pairs, keep_activations=0, logit_rows=512):
 
 
 def micro_batches(pairs, options):
-    """Lists of consecutive pairs, of --micro-batch-tokens or fewer each."""
+    """Lists of consecutive pairs of --micro-batch-tokens; a longer pair is alone."""
     return batch_by_size(pairs, [pair.num_tokens for pair in pairs], options.micro_batch_tokens)
 
 
@@ -146,7 +146,7 @@ def add_gradient(model, batch, options):
 def train(model, pairs, options, state=None, log=None, end_of_epoch=None):
     """One round of DPO: trains `model` in place on a list of Pair.
 
-    options: from fit_options. state: a folder to resume from, to equal bytes (on a GPU
+    options: from fit_options. state: a folder to resume from, byte for byte (on a GPU
     with --deterministic); the caller removes it. log(dict) is called after each step,
     end_of_epoch(epoch, model) after each epoch. Raises InputError for a loss that is not
     finite and for the state of another run.
@@ -223,8 +223,8 @@ class AdamW:
         new = {"dtype": wide, "device": model.device}
         if options.optimizer_device == "cpu":
             # Page-locked memory is copied at the bus's full rate. But torch rounds each
-            # such buffer up to a power of two: up to twice the memory in host RAM, 99 GiB
-            # in place of 90 for Llama-3-8B, 162 in place of 85 for Qwen2.5-7B.
+            # buffer up to a power of two, at most doubling host RAM: 99 GiB, not 90, for
+            # Llama-3-8B; 162, not 85, for Qwen2.5-7B.
             new = {"dtype": wide, "pin_memory": model.device.type == "cuda"}
         for name, p in self.parameters.items():
             weight = p.detach()  # in float32 no copy: the weight itself takes the steps
@@ -359,8 +359,8 @@ def fit_options(model, longest, options):
 
 def place_optimizer(model):
     """Where AdamW's state fits: "same", the model's GPU, or "cpu"."""
-    # Bytes of a weight, its gradient's sum, two moments; for a 16-bit weight also a master copy.
-    size = 2 + 4 + 12 if model.dtype.itemsize == 2 else 4 + 4 + 8
+    # Bytes: weight, summed gradient, two moments; in 16 bits a master copy.
+    size = 2 + 4 + 8 + 4 if model.dtype.itemsize == 2 else 4 + 4 + 8
     need = size * sum(p.numel() for p in model.parameters())
     total = torch.cuda.get_device_properties(model.device).total_memory
     return "cpu" if need > 0.85 * total else "same"  # the rest is for activations

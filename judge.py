@@ -60,7 +60,7 @@ def choose_pair(scores, lengths, finished, rho, reject_failed=True):
     best = good[np.argmax(values)]  # the first of equals
     worst = good[np.argmin(values)]
     if failed and reject_failed:
-        # Draft 2.2 says so of unparsed outputs; of empty and truncated ones: ours.
+        # Draft 2.2, for unparsed outputs. For all other failed ones: ours.
         return best, failed[0]
     return (best, worst) if max(values) > min(values) else None
 
@@ -140,8 +140,8 @@ def write_pairs(scores_path, pairs_path, rho, reject_failed=True):
         text = "every rejected output failed: there are no lengths to compare, rho is 0"
         print(f"warning: {text}", file=sys.stderr)
     elif rho == "auto" and not no_longer:
-        # So it is with two distinct outputs, the better one longer: N(score) = N(length),
-        # and (1 - rho) N(score) keeps their order. Few distinct outputs make many such.
+        # With two distinct outputs, the better one longer, N(score) = N(length), so
+        # (1 - rho) N(score) keeps their order. Few distinct outputs: many such rows.
         text = f"the chosen responses are longer than the rejected with every rho up to {RHOS[-1]}"
         print(f"warning: {text}", file=sys.stderr)
     write_jsonl(pairs_path, build_pairs(rows, best["rho"], reject_failed))
@@ -151,8 +151,8 @@ def write_pairs(scores_path, pairs_path, rho, reject_failed=True):
 def elo(wins):
     """Elo of K responses, mean 0: the Bradley-Terry fit (section 2.2, draft B).
 
-    wins (K, K): B_mn, how often m was preferred to n. The scores e maximize the sum
-    of B_mn log sigmoid(e_m - e_n), times 400 / ln 10, which is Elo's unit.
+    wins (K, K): B_mn, how often m was preferred to n. The scores are
+    400 / ln 10 (Elo's unit) times the e that maximize the sum of B_mn log sigmoid(e_m - e_n).
 
     >>> elo([[0, 10], [1, 0]])
     [200.0, -200.0]
@@ -272,7 +272,7 @@ class Pointwise(Judge):
             return len(chat) - 1  # any will do: there is no gate
         header = "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
         ids = tuple(self.tokenizer.encode(header, add_special_tokens=False))
-        for i in reversed(range(len(chat))):  # the last one, even if a response quotes it
+        for i in reversed(range(len(chat))):  # the last one: a quote in a response wins
             if chat[i : i + len(ids)] == ids:
                 return i
         raise InputError(f"{self.tokenizer.folder}: chat_template writes no {header!r}")
@@ -312,7 +312,7 @@ class ArmoRM(nn.Module):
     def score_heads(self, h_end, h_gate):
         """(n, hidden) twice -> (n, 1 + 2 K): score, K rewards, their gate."""
         rewards = self.regression_layer(h_end)  # (n, K)
-        # h_gate stands before the response: the instruction weighs the objectives.
+        # h_gate: before the response, so that the instruction weighs the objectives.
         *layers, last_layer = self.gating.layers
         x = h_gate
         for layer in layers:
@@ -355,7 +355,7 @@ class Pairwise(Judge):
     def run(self, items):
         """As Pointwise.run: `scores` (Elo), and `verdicts`, one an ordered pair."""
         prompts = []
-        readable = []  # of each item: the responses to compare
+        readable = []  # of each item: the indices to compare
         for where, instruction, responses in items:
             indices = self.readable(where, instruction, responses)
             readable.append(indices)
@@ -393,6 +393,8 @@ class Pairwise(Judge):
             if max(map(len, chats)) + self.verdict_tokens <= self.context:
                 break
             indices.pop()  # the longest gets no score
+        if len(indices) < min(2, len(responses)):
+            return []  # one that nothing was compared with has no score either
         return sorted(indices)
 
     def comparison(self, where, instruction, a, b):
@@ -401,7 +403,7 @@ class Pairwise(Judge):
         return self.chat(where, ("system", PAIRWISE_SYSTEM), ("user", user), reply=True)
 
     def longest_chat(self, instruction, max_new_tokens):
-        """Tokens of two responses as long as they may be drawn, and of the verdict."""
+        """Most tokens of a comparison of two drawn responses, with its verdict."""
         chat = self.comparison("--judge", instruction, "", "")
         return len(chat) + 2 * max_new_tokens + self.verdict_tokens
 
@@ -473,7 +475,7 @@ def score_file(judge, samples_path, scores_path, key=None):
                 yield from score_rows(judge, group)
                 bar.update(len(group))
 
-    # Other samples, by their file's hash, or another key: nothing is resumed.
+    # Other samples (seen by hash) or another key: nothing is resumed.
     write_rows(scores_path, rows, [hash_of(Path(samples_path)), key], make_rows)
 
 

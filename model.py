@@ -273,7 +273,7 @@ class KVCache:
             self.v[layer, rows, :, positions] = v[:, :, 0]
             keys = self.k[layer, :B, :, :length]  # (B, KV, length, head_dim)
             values = self.v[layer, :B, :, :length]
-            # A group's query heads stand in place of time: no key need be repeated.
+            # A group's query heads take the time axis, so no key is repeated.
             shape = q.shape
             q = q.reshape(B, k.shape[1], -1, shape[3])  # (B, KV, H / KV, head_dim)
             if q.is_cuda and q.itemsize == 2:
@@ -288,8 +288,8 @@ class KVCache:
 def flash_attention(q, k, v, positions):
     """A GPU's 16-bit kernel, which never reads the keys that a row does not see."""
     B, KV, length, head_dim = k.shape
-    # It takes sequences laid end to end. Here each key head of a slot is one: a query
-    # token with H / KV heads, and `length` keys with one head.
+    # It takes sequences end to end. Here each key head of a slot is a sequence: one query
+    # token of H / KV heads, and `length` keys of one head.
     q = q.flatten(0, 1)  # (B * KV, H / KV, head_dim)
     k = k.reshape(-1, 1, head_dim)  # (B * KV * length, 1, head_dim)
     v = v.reshape(-1, 1, head_dim)
@@ -313,7 +313,7 @@ def pack(pieces, device="cpu"):
     ([[5, 6, 7, 8, 9, 4]], [[0, 1, 2, 2, 3, 0]])
     """
     lengths = [len(ids) for ids, _ in pieces]
-    if 0 in lengths:  # its last position would be another piece's
+    if 0 in lengths:  # its end would be another piece's
         raise ValueError("a piece is empty")
     tokens = []
     positions = []
@@ -608,7 +608,7 @@ def special_tokens(folder, settings):
     if "added_tokens_decoder" not in settings:
         values |= read_optional(folder / "special_tokens_map.json")
     values = {key: value for key, value in values.items() if key.endswith("_token")}
-    extra = settings.get("extra_special_tokens")  # names of a model's own
+    extra = settings.get("extra_special_tokens")  # a model's own names
     values |= extra if isinstance(extra, dict) else {}
     special = {}
     for key, value in values.items():
@@ -673,6 +673,8 @@ def check_device(device):
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    if name != "cpu":  # streams and graphs are made on the current device
+        torch.cuda.set_device(name)
     # cuDNN's attention plans anew for each shape, and here shapes hardly repeat.
     torch.backends.cuda.enable_cudnn_sdp(False)
     return torch.device(name)
@@ -685,7 +687,7 @@ class InputError(Exception):
 def run_main(main, resumes=False):
     """Runs a module's main(): an InputError ends in one line and exit status 2."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
-    # What a terminal cannot show, or a pipe did not encode, is replaced.
+    # What cannot be shown, or is not valid input, is replaced.
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
@@ -819,7 +821,7 @@ def progress_bar(label, total, done, unit):
 
 def option(default, help, low=None, high=math.inf, choices=None):
     """A field of a dataclass of options, with what the command line says of it."""
-    # low, high: a number's range. In help, "paper" and "draft" name a section there,
+    # low, high: a number's range. In help, "paper" and "draft" cite their sections,
     # "field" a value usual for Llama-3-8B, "ours" a choice of this project.
     metadata = {"help": help, "range": (low, high), "choices": choices}
     return field(default=default, metadata=metadata)

@@ -1,6 +1,6 @@
-"""Sampling (sections 2.1 and 3.1): thought prompts in, K outputs an instruction out.
+"""Sampling (sections 2.1 and 3.1): instructions in, K outputs of each out.
 
-`thought_prompt` asks for a thought, `generate` draws K completions of each prompt, and
+`thought_prompt` asks for a thought, `complete` draws K completions of each prompt, and
 `split_output` finds the response in them, all that a judge sees.
 
     python sample.py --model DIR --instructions FILE --output FILE
@@ -56,7 +56,7 @@ Style = namedtuple("Style", "system user thought_marker response_marker")
 STYLES = {  # a new style is one entry; --thought then takes its name
     "specific": Style(None, SPECIFIC + QUERY, None, "<R>"),  # the paper's default
     "generic": Style(None, GENERIC + QUERY, THOUGHT, RESPONSE),
-    "system": Style(SYSTEM + GENERIC, "{instruction}", THOUGHT, RESPONSE),  # draft, A
+    "system": Style(SYSTEM + GENERIC, "{instruction}", THOUGHT, RESPONSE),  # draft A
     "none": Style(None, "{instruction}", None, None),  # direct baseline: no thought
 }
 
@@ -106,7 +106,7 @@ def drop_markers(text, *markers):
 
 
 def draw(logits, uniforms, temperature, top_p):
-    """One token a row of softmax(logits / temperature), truncated to its nucleus (3.1).
+    """A token for each row, from softmax(logits / temperature) cut to its nucleus (3.1).
 
     logits (N, V) float; uniforms (N, 2) float64 in [0, 1). Returns N ids. The nucleus: the
     fewest likeliest tokens whose probabilities sum to top_p, lower ids first among equals.
@@ -116,14 +116,14 @@ def draw(logits, uniforms, temperature, top_p):
     # Few rows are sorted. The first uniform draws from all V tokens. In the nucleus, that
     # token is taken; outside, the second uniform draws from the nucleus alone. It is exact:
     # inside, P(token) = p + P(outside) p / P(nucleus) = p / P(nucleus).
-    probs = logits if is_greedy else (logits / temperature).softmax(-1)  # (N, V)
+    probs = logits if is_greedy else (logits / temperature).softmax(-1)  # (N, V), or logits
     ids = logits.argmax(-1) if is_greedy else draw_from(probs, uniforms[:, 0])  # (N,)
     p = probs.gather(-1, ids[:, None])[:, 0].tolist()  # waits for the device
     if not all(map(math.isfinite, p)):  # one NaN logit makes all probabilities NaN
         raise InputError("the model's logits are NaN or infinite: take another --dtype")
     if is_greedy or top_p >= 1:
         return ids.tolist()
-    # If the other tokens sum (1 - p) to less than top_p, it is inside. Weigh the rest.
+    # Inside for sure if all other tokens, 1 - p, are below top_p. Weigh the other rows.
     rows = [i for i in range(len(p)) if p[i] <= 1 - top_p + 1e-4]
     masses = likelier_mass(probs[rows], ids[rows]).tolist()
     rows = [i for i, mass in zip(rows, masses, strict=True) if mass >= top_p]  # outside
@@ -136,7 +136,7 @@ def draw(logits, uniforms, temperature, top_p):
 
 
 def likelier_mass(probs, ids):
-    """What the tokens before ids (N,) sum to in probs (N, V): (N,)."""
+    """The mass in probs (N, V) of the tokens ranked before ids (N,): (N,)."""
     p = probs.gather(-1, ids[:, None])  # (N, 1)
     has_lower_id = torch.arange(probs.shape[-1], device=probs.device) < ids[:, None]
     ranks_before = (probs > p) | ((probs == p) & has_lower_id)  # (N, V)
@@ -145,7 +145,7 @@ def likelier_mass(probs, ids):
 
 def draw_from(probs, uniforms):
     """Draws an index from each row of probs (N, V), of any sum, by its uniform (N,)."""
-    # To a block, then to a place in it: faster than one float64 sum over the row.
+    # First a block, then a place in it: faster than one float64 sum over the row.
     size = math.gcd(probs.shape[-1], 128)
     blocks = probs.unflatten(-1, (-1, size))  # (N, V / size, size)
     block, rest = invert_cdf(blocks.sum(-1), uniforms)  # (N,) each
@@ -213,7 +213,7 @@ def generate(
     completions = []
     for i, (name, prompt) in enumerate(zip(names, prompts, strict=True)):
         check_prompt(prompt, model.config, f"prompt {i}")
-        # A stream each: the rest of the batch changes a draw by its rounding alone.
+        # One stream each, so other rows change a draw only through rounding.
         streams = [(seed, "completion", name, j) for j in range(num_samples)]
         completions.append([Completion(prompt=prompt, stream=each) for each in streams])
     options = Options("none", num_samples, temperature, top_p, max_new_tokens)
@@ -381,7 +381,7 @@ def plan_slots(model, length, completions, memory=None):
     slot_bytes = 2 * length * heads * config.head_dim * model.dtype.itemsize
     room = (4 if memory is None else memory) * GIB
     if memory is None and model.device.type == "cuda":
-        # Not of what is free now: the same command, the same batches.
+        # Of total, not free, memory: equal commands get equal batches.
         room = 0.9 * torch.cuda.get_device_properties(model.device).total_memory
         room -= sum(p.nbytes for p in model.parameters())
         room -= most * 40 * config.vocab_size  # what `draw` takes for each logit
@@ -396,7 +396,7 @@ def plan_slots(model, length, completions, memory=None):
 class Options:
     # What samples depend on, beside the checkpoint and the instructions.
     thought: str = option("specific", "thought prompt; paper's default", choices=tuple(STYLES))
-    num_samples: int = option(8, "K, outputs an instruction, paper 3.1; 1 for an answer", low=1)
+    num_samples: int = option(8, "K, outputs of each prompt, paper 3.1; 1 for an answer", low=1)
     temperature: float = option(0.8, "0 is greedy; paper 3.1", low=0, high=100)
     top_p: float = option(0.95, "probability of the nucleus; paper 3.1", low=1e-6, high=1)
     max_new_tokens: int = option(2048, "most tokens of an output; ours", low=1)
@@ -416,7 +416,7 @@ def read_instructions(path):
         if name == "instruction" and row.get("input"):  # of Alpaca
             if not isinstance(row["input"], str):
                 raise InputError(f"{place}: input is not a text")
-            text += "\n\n" + row.pop("input")  # or a second reading would add it again
+            text += "\n\n" + row.pop("input")  # else rereading the samples adds it again
         rows.append({**row, "instruction": text})
     if not rows:
         raise InputError(f"{path}: there is no instruction in it")
@@ -476,7 +476,7 @@ def sample_rows(decoder, tokenizer, options, label, rows, rest):
             i, row, j, attempt = completion.name
             output = read_output(completion, tokenizer, options.thought)
             if not output["response"] and attempt <= options.resample:
-                # Sample it again (draft 3.5), first of all, by a stream of its own.
+                # Again (draft 3.5), next in line; the seed's part of its stream names try and j.
                 attempt += 1
                 stream = (f"{options.seed}/try-{attempt}/{j}", "completion", i, 0)
                 again = replace(completion, ids=[], stream=stream, name=(i, row, j, attempt))
@@ -505,7 +505,7 @@ def answer(args, options, model, tokenizer):
     lines = filter(str.strip, sys.stdin)  # those that are not blank
     for text in lines if args.instruction is None else [args.instruction]:
         data = text.rstrip("\n").encode(errors="surrogateescape")
-        rows = [{"instruction": data.decode(errors="replace")}]  # it may be no text
+        rows = [{"instruction": data.decode(errors="replace")}]  # it may not be UTF-8
         rows = make_prompts(rows, tokenizer, options.thought, model.config, "terminal")
         decoder = decoder_for(model, [rows[0]["prompt_ids"]], options)
         (row,) = sample_rows(decoder, tokenizer, options, "answering", rows, rows)
@@ -536,7 +536,7 @@ def answer_file(args, options, model, tokenizer):
     weights = hash_of(checkpoint_folder(args.model))
     key = [weights, args.dtype, hash_of(Path(args.instructions))]  # a Path: its contents
     samples = Path(args.output)
-    if args.format != "jsonl":  # named after the options: no others take it
+    if args.format != "jsonl":  # the name tells options apart
         name = hash_of([key, vars(options)])[:8]
         samples = Path(f"{args.output}.{name}.samples")
     if not samples.exists():
@@ -558,7 +558,7 @@ def answer_file(args, options, model, tokenizer):
 
 
 def main():
-    parser = make_parser("Thought prompts in, K outputs each out.", Options, Device)
+    parser = make_parser("Instructions in, K outputs of each out.", Options, Device)
     add = parser.add_argument
     add("instruction", nargs="?", help="one instruction, answered to the terminal")
     add("--model", required=True, help="checkpoint folder or hub id")

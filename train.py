@@ -235,20 +235,25 @@ def exact_match(response, answer, finished=True):
         return False
     known = plain(str(answer))
     marked = marked_passages(known)  # GSM8K's: "9 * 2 = 18 #### 18"
-    known = fold(marked[0][1] if marked else known)
+    final = [row for row in marked if row[0] == "####"]
+    known = fold((final or marked)[0][1] if marked else known)
     is_number = re.fullmatch(NUMBER, known) is not None
+
+    def answers(text):  # "so the first answer is right" has no number
+        rows = marked_passages(text)
+        return [row for row in rows if (numbers(row[1]) if is_number else row[1].strip())]
+
     text = plain(response)
     passages = []
-    for mark, passage, is_whole in marked_passages(text):
-        has_answer = numbers(passage) if is_number else passage.strip()
-        if has_answer and (finished or is_whole):  # a truncated 18 may be 180
+    for mark, passage, is_whole in answers(text):
+        if finished or is_whole:  # a truncated 18 may be 180
             passages.append((mark, passage))
     if not passages:  # the last number, or all of the text
         same = numbers(text)[-1:] == numbers(known) if is_number else fold(text) == known
         return finished and same
     final = [passage for mark, passage in passages if mark == "####"]
     text = final[0] if final else passages[-1][1]  # "answer is" may be corrected later
-    inner = marked_passages(text)  # "#### The answer is Paris."
+    inner = answers(text)  # "#### The answer is Paris."
     text = inner[-1][1] if inner else text
     if not is_number:
         return fold(text) == known
@@ -262,7 +267,7 @@ def exact_match(response, answer, finished=True):
 
 def marked_passages(text):
     """All (mark, what follows up to its end, whether that end is there)."""
-    first = MARK.search(text)  # before it, a model may restate the question
+    first = MARK.search(text)  # earlier the question may be restated
     invented = first and INVENTED.search(text, first.end())
     text = text[: invented.start()] if invented else text
     passages = []
@@ -275,7 +280,7 @@ def marked_passages(text):
 
 
 # "#### Step 2" is a heading, and "the answer is not 5" gives none.
-MARK = re.compile(r"####(?!#|\s*step)|\\boxed\{|\banswer\s+is\b(?!\s+not\b)", re.I)
+MARK = re.compile(r"(?<!#)####(?!#|\s*step)|\\boxed\{|\banswer\s+is\b(?!\s+not\b)", re.I)
 # A model may go on with a question of its own, and answer that.
 INVENTED = re.compile(r"^\W*(?:next |new )?(?:question|q|problem|user)[ \d]*:", re.I | re.M)
 IN_BOX = re.compile(r"(?:[^{}]|\{[^{}]*\})*")  # up to its brace; one level inside it
@@ -283,7 +288,7 @@ IN_SENTENCE = re.compile(r"(?:(?![.!?]\s|\n|####).)*", re.S)  # 1.5 has no end i
 EQUATION = re.compile(r"(?:[^=\w]|\d|\b[a-z]\b)*=", re.I)  # no words before the "="
 NUMBER = (
     r"(?:(?<![\w)])-)?"  # a sign; in 15-10 it is a minus
-    r"(?:\d+/0*[1-9]\d*"  # 3/4, but not 3/0
+    r"(?:(?:\d+ )?\d+/0*[1-9]\d*"  # 3/4 and 1 3/4, but not 3/0
     r"|(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"  # 1,200.50, .5; 1,2 is two
 )
 # m^2, x^{10}, x_1
@@ -294,8 +299,10 @@ def numbers(text):
     """The numbers of a text as floats, without exponents and indices."""
     values = []
     for number in re.findall(NUMBER, POWER_OR_INDEX.sub("", text)):
-        top, _, bottom = number.replace(",", "").partition("/")  # 3/4
-        values.append(float(top) / float(bottom or 1))
+        sign = -1 if number.startswith("-") else 1
+        whole, _, part = number.replace(",", "").lstrip("-").rpartition(" ")  # 1 3/4
+        top, _, bottom = part.partition("/")
+        values.append(sign * (float(whole or 0) + float(top) / float(bottom or 1)))
     return values
 
 
@@ -303,9 +310,10 @@ def plain(text):
     """A text without emphasis, LaTeX, currencies and percent signs."""
     text = text.replace("\u2212", "-").replace("{,}", ",")  # a minus sign; 1{,}200
     # 10**3 is a power, **10** emphasis.
-    text = re.sub(r"(?<=[\w)])\*\*(?=\d+(?![\d.,]|\*\*))", "^", text)
+    text = re.sub(r"(?<=[\w)])\*\*(?=\d+(?!\d|[.,]\d|\*\*))", "^", text)
     text = re.sub(r"\*\*|__", "", text)  # emphasis
     text = re.sub(r"\\(?:text|math)\w*\s*\{([^{}]*)\}", r"\1", text)  # 18\text{ days}
+    text = re.sub(r"(?<=\d)\s*(?=\\[dt]?frac)", " ", text)  # 1\frac{3}{4}
     text = re.sub(r"\\[dt]?frac\{?(-?\d+)\}?\{?(\d+)\}?", r"\1/\2", text)  # \frac{3}{4}
     text = re.sub(r"\\(?:times|cdot|div)\b", "*", text)  # not a word
     text = re.sub(r"\\[()\[\],;:! ]|\\(?=[$%#])", "", text)  # \(18\), 1\,200, \$18
@@ -390,7 +398,7 @@ class Run:
         return load(folder, self.device.device, DTYPES[self.device.dtype])
 
     def logged(self, stage, t):
-        """The log's rows of a stage of iteration t; none before it is done."""
+        """The log's rows of a stage of iteration t."""
         rows = read_rows(self.log_file)
         return [row for row in rows if (row["stage"], row["iteration"]) == (stage, t)]
 
@@ -424,11 +432,15 @@ def plan_training(run, rows, held_out):
     shared = (load_tokenizer(run.seed), run.sampling.thought, config)
     prompts = sample.make_prompts(rows, *shared, run.options.instructions)
     prompts += sample.make_prompts(held_out, *shared, run.options.validation)
-    longest = max((row["prompt_ids"] for row in prompts), key=len)
-    room = config.max_position_embeddings - len(longest)
-    output = [0] * min(run.sampling.max_new_tokens, room)  # any ids
+    ids = [row["prompt_ids"] for row in prompts]
+
+    def most_tokens(prompt):  # of an output; it ends where the context is full
+        return min(run.sampling.max_new_tokens, config.max_position_embeddings - len(prompt))
+
+    longest = max(ids, key=lambda prompt: len(prompt) + 2 * most_tokens(prompt))
+    output = [0] * most_tokens(longest)  # any ids
     texts = [row["instruction"] for row in prompts]
-    judging.empty_judge(run.judge).check_context(texts, len(output))
+    judging.empty_judge(run.judge).check_context(texts, max(map(most_tokens, ids)))
     if not run.logged("plan", 0):  # once, as micro-batches decide how sums round
         pair = dpo.Pair("the longest possible pair", longest, output, output)
         fitted = dpo.fit_options(run.load(load_model, run.seed), pair, run.dpo)
@@ -531,7 +543,8 @@ def main():
         tpo(run, rows, held_out)
     print_example(run)
     print(f"\n{report(read_rows(run.log_file))}")
-    print(f"python sample.py --model {run.policy(options.iterations)} --show-thought")
+    last = f"{run.policy(options.iterations)} --thought {run.sampling.thought}"
+    print(f"python sample.py --model {last} --show-thought")
 
 
 if __name__ == "__main__":

@@ -528,3 +528,12 @@ class DeviceBytes(TensorBytes):
     def count(self, tensor):
         if tensor.is_cuda:
             super().count(tensor)
+
+
+def test_the_named_gpu_becomes_the_current_one(monkeypatch):
+    """Streams and graphs are made on the current device, which would be the first GPU."""
+    chosen = []
+    monkeypatch.setattr(torch, "zeros", lambda *_, device: torch.ones(1))
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert [str(lm.check_device(name)) for name in ("cpu", "cuda:1")] == ["cpu", "cuda:1"]
+    assert chosen == ["cuda:1"]

@@ -412,8 +412,11 @@ def test_a_language_model_judges_the_same_again(folders, tmp_path):
 
 def test_a_pairwise_prompt_leaves_room_for_the_verdict(folders):
     judge = with_short_verdicts(judging.load_judge(folders["pairwise"]), 3000)
-    with pytest.raises(InputError, match="response 1 does not fit into the judge's 4096 tokens"):
+    with pytest.raises(InputError, match="response 0 does not fit into the judge's 4096 tokens"):
         judge.score("Which?", ["a", "b"])
+    # The shorter of two that cannot be compared must not win by its length.
+    (result,) = judge.run([("here", "Which?", ["a", "b b"])])
+    assert result == {"scores": [None, None], "verdicts": []}
     assert judge.score("Which?", ["alone"]) == [0]
 
 

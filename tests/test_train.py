@@ -455,7 +455,17 @@ ENDED, CUT_OFF = True, False
         ("It is 3/4", ENDED, "4", False),
         ("It is 3/4", ENDED, "0.75", True),
         ("It is 3/0", ENDED, "1", False),
+        ("The answer is 1 1/2 cups.", ENDED, "1.5", True),
+        (r"\boxed{1\frac{1}{2}}", ENDED, "1.5", True),
+        (r"\boxed{1\frac{1}{2}}", ENDED, "5.5", False),
+        ("The answer is -2 1/2.", ENDED, "-2.5", True),
+        # Marks inside a passage that hold no answer, and marks of other things
+        ("The answer is 18, so the first answer is right.", ENDED, "18", True),
+        ("#### 18 (the answer is in dollars)", ENDED, "18", True),
+        ("##### Part 2\nThe answer is 18.", ENDED, "18", True),
+        ("#### 18", ENDED, "The answer is 9 * 2 = 18\n#### 18", True),
         # Exponents and indices
+        ("The answer is 10**3.", ENDED, "103", False),
         ("18 m^2", ENDED, "18", True),
         ("18 = x_1", ENDED, "18", True),
         ("18 = 2x^{3}", ENDED, "3", False),
