@@ -541,6 +541,7 @@ def main():
         check_same_run(run)
         plan_training(run, rows, held_out)
         tpo(run, rows, held_out)
+    print()
     print_example(run)
     print(f"\n{report(read_rows(run.log_file))}")
     last = f"{run.policy(options.iterations)} --thought {run.sampling.thought}"
