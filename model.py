@@ -263,10 +263,12 @@ class KVCache:
         """
         B = len(positions)
         rows = torch.arange(B, device=positions.device)
-        keys = torch.arange(length, device=positions.device)  # length > positions.max()
-        unseen = keys > positions[:, None, None, None]  # (B, 1, 1, length)
-        # Added to the scores: SDPA would convert a boolean mask in each layer.
-        mask = torch.zeros_like(unseen, dtype=self.k.dtype).masked_fill(unseen, -math.inf)
+        is_flash = self.k.is_cuda and self.k.itemsize == 2
+        if not is_flash:
+            keys = torch.arange(length, device=positions.device)  # length > positions.max()
+            unseen = keys > positions[:, None, None, None]  # (B, 1, 1, length)
+            # Added to the scores: SDPA would convert a boolean mask in each layer.
+            mask = torch.zeros_like(unseen, dtype=self.k.dtype).masked_fill(unseen, -math.inf)
 
         def attend(layer, q, k, v):
             self.k[layer, rows, :, positions] = k[:, :, 0]  # (B, KV, head_dim)
@@ -276,7 +278,7 @@ class KVCache:
             # A group's query heads take the time axis, so no key is repeated.
             shape = q.shape
             q = q.reshape(B, k.shape[1], -1, shape[3])  # (B, KV, H / KV, head_dim)
-            if q.is_cuda and q.itemsize == 2:
+            if is_flash:
                 out = flash_attention(q, keys, values, positions)
             else:
                 out = F.scaled_dot_product_attention(q, keys, values, mask)
