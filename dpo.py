@@ -350,8 +350,9 @@ def fit_options(model, longest, options):
     largest = replace(options, micro_batch_tokens=count * longest.num_tokens)
     trial = [replace(longest, reference=(0.0, 0.0))] * count
     optimizer = AdamW(model, options) if options.optimizer_device == "same" else None
-    for _ in range(2):  # the second time the sums of gradients are there
-        add_gradient(model, trial, largest)  # raises torch.OutOfMemoryError
+    # First any pair: in training the sums of gradients are there beside the activations.
+    add_gradient(model, [Pair("a trial", [0], [0], [0], (0.0, 0.0))], largest)
+    add_gradient(model, trial, largest)  # raises torch.OutOfMemoryError
     model.zero_grad()
     del optimizer  # it only had to be there
     return options
