@@ -428,6 +428,8 @@ def read_inputs(run):
 
 def plan_training(run, rows, held_out):
     """Tries the longest possible pair, so that a lack of memory shows at once."""
+    if run.logged("plan", 0):  # once: micro-batches decide how sums round
+        return
     config = read_config(run.seed)
     shared = (load_tokenizer(run.seed), run.sampling.thought, config)
     prompts = sample.make_prompts(rows, *shared, run.options.instructions)
@@ -441,10 +443,9 @@ def plan_training(run, rows, held_out):
     output = [0] * most_tokens(longest)  # any ids
     texts = [row["instruction"] for row in prompts]
     judging.empty_judge(run.judge).check_context(texts, max(map(most_tokens, ids)))
-    if not run.logged("plan", 0):  # once, as micro-batches decide how sums round
-        pair = dpo.Pair("the longest possible pair", longest, output, output)
-        fitted = dpo.fit_options(run.load(load_model, run.seed), pair, run.dpo)
-        run.log({"stage": "plan", "iteration": 0, "dpo": asdict(fitted)})
+    pair = dpo.Pair("the longest possible pair", longest, output, output)
+    fitted = dpo.fit_options(run.load(load_model, run.seed), pair, run.dpo)
+    run.log({"stage": "plan", "iteration": 0, "dpo": asdict(fitted)})
 
 
 def lock(folder):
