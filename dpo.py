@@ -84,7 +84,7 @@ def output_logprobs(model, pairs, keep_activations=0, logit_rows=512):
             targets += ids
             lengths.append(len(ids))
     recompute = max(0, model.config.num_hidden_layers - keep_activations)
-    hidden = model.model(*pack(pieces, model.device), recompute)[0]  # (N, hidden)
+    hidden = model.model(*pack(pieces, model.device), recompute=recompute)[0]  # (N, hidden)
     hidden = hidden[torch.tensor(is_output, device=model.device)]  # (M, hidden)
     targets = torch.tensor(targets, device=model.device)  # (M,)
 
@@ -136,7 +136,7 @@ def add_gradient(model, batch, options):
                 raise InputError(f"{pair.name}: the loss is {loss}: a smaller --lr, or float32")
         # Over the batch's size: micro-batches add up to the gradient of the mean.
         (losses.sum() / len(batch)).backward()
-        columns = [losses, margins > 0, margins, chosen, rejected]
+        columns = [losses, (margins > 0).to(losses), margins, chosen, rejected]
         records += torch.stack(columns, dim=1).tolist()  # (B, 5)
     names = ("loss", "accuracy", "margin", "chosen_logprob", "rejected_logprob")
     means = torch.tensor(records, dtype=torch.float64).mean(0).tolist()
@@ -246,7 +246,7 @@ class AdamW:
         beta2 = self.options.adam_beta2
         for name, p in self.parameters.items():
             state = [self.state[f"{kind}.{name}"] for kind in ("mean", "square", "weight")]
-            # From the host to the device, one parameter's at a time.
+            # Tensors on the host are copied over, one parameter's at a time.
             mean, square, weight = (tensor.to(p.device) for tensor in state)
             grad = p.grad.mul_(scale)
             p.grad = None  # frees the gradients one by one
@@ -257,7 +257,7 @@ class AdamW:
             # Both moments begin at 0: 1 - beta**steps corrects that bias.
             spread = square.sqrt().div_(math.sqrt(1 - beta2**self.steps)).add_(1e-8)
             weight.addcdiv_(mean, spread, value=-lr / (1 - beta1**self.steps))
-            p.copy_(weight)  # rounds to 16 bits
+            p.copy_(weight)  # rounds to 16 bits; in float32 p is weight
             for tensor, value in zip(state, (mean, square, weight), strict=True):
                 tensor.copy_(value)  # no copy if it is the same tensor
 
@@ -350,7 +350,7 @@ def fit_options(model, longest, options):
     largest = replace(options, micro_batch_tokens=count * longest.num_tokens)
     trial = [replace(longest, reference=(0.0, 0.0))] * count
     optimizer = AdamW(model, options) if options.optimizer_device == "same" else None
-    # First any pair: in training the sums of gradients are there beside the activations.
+    # A small call first: as in training, p.grad exists while the largest batch runs.
     add_gradient(model, [Pair("a trial", [0], [0], [0], (0.0, 0.0))], largest)
     add_gradient(model, trial, largest)  # raises torch.OutOfMemoryError
     model.zero_grad()

@@ -115,7 +115,8 @@ def pair_statistics(rankings, rho, reject_failed=True):
         if scores[rejected] is not None and finished[rejected]:
             rows.append([lengths[i] for i in pair] + [scores[i] for i in pair])
     names = ("chosen_tokens", "rejected_tokens", "chosen_score", "rejected_score")
-    means = np.mean(rows or [[0.0] * 4], axis=0).tolist()  # (4,)
+    # (4,). Without rows all are 0, and "auto" takes rho 0.
+    means = np.mean(rows or [[0.0] * 4], axis=0).tolist()
     statistics = {"rho": rho, "pairs": num_pairs}
     statistics |= zip(names, means, strict=True)
     statistics["failed"] = (num_pairs - len(rows)) / max(num_pairs, 1)
@@ -126,7 +127,7 @@ def pair_statistics(rankings, rho, reject_failed=True):
 def write_pairs(scores_path, pairs_path, rho, reject_failed=True):
     """Writes the pairs of a file of scores; returns the statistics of its rho.
 
-    rho: a number or "auto". `rhos` in the statistics: those of each rho tried.
+    rho: a number or "auto". Their `rhos`: the statistics of every rho tried.
     """
     rows = [row for _, row in read_samples(scores_path, scored=True)]
     rankings = [ranking_of(row) for row in rows]
@@ -140,8 +141,8 @@ def write_pairs(scores_path, pairs_path, rho, reject_failed=True):
         text = "every rejected output failed: there are no lengths to compare, rho is 0"
         print(f"warning: {text}", file=sys.stderr)
     elif rho == "auto" and not no_longer:
-        # With two distinct outputs, the better one longer, N(score) = N(length), so
-        # (1 - rho) N(score) keeps their order. Few distinct outputs: many such rows.
+        # A row of two distinct outputs, the better one longer, has N(score) = N(length): no
+        # rho below 1 turns them. Where few outputs are distinct, many rows are like that.
         text = f"the chosen responses are longer than the rejected with every rho up to {RHOS[-1]}"
         print(f"warning: {text}", file=sys.stderr)
     write_jsonl(pairs_path, build_pairs(rows, best["rho"], reject_failed))
@@ -161,8 +162,8 @@ def elo(wins):
     K = len(wins)
     if K < 2:
         return [0.0] * K
-    # reachable[m, n]: m beat n, directly or through others. Unless all are, some
-    # never lost to the rest, and there is no maximum: they would rise for ever.
+    # reachable[m, n]: m beat n, directly or through others (a product of bools is or-and).
+    # Unless all are, some never lost to the rest: there is no maximum, they rise for ever.
     reachable = np.linalg.matrix_power((wins > 0) | np.eye(K, dtype=bool), K)
     if not reachable.all():
         wins = wins + 0.5 * (1 - np.eye(K))  # half a win each way; ours
@@ -170,8 +171,7 @@ def elo(wins):
     strength = np.ones(K)  # exp(e)
     change = 1.0
     while change > 1e-12:  # minorize-maximize (Hunter 2004)
-        per_strength = (games / (strength[:, None] + strength)).sum(1)  # (K,)
-        new = wins.sum(1) / per_strength  # (K,)
+        new = wins.sum(1) / (games / (strength[:, None] + strength)).sum(1)  # (K,)
         new /= np.exp(np.log(new).mean())  # only ratios count
         change = np.abs(new / strength - 1).max()
         strength = new
@@ -207,9 +207,9 @@ class Judge:
             raise InputError(f"{where}: {error}") from None
         return tuple(ids)
 
-    def check_context(self, instructions, max_new_tokens):
-        """Refuses, before anything is sampled, what may become too long."""
-        longest = max(self.longest_chat(text, max_new_tokens) for text in instructions)
+    def check_context(self, instructions, limits):
+        """Refuses, before sampling, what may be too long; limits: most tokens of a response."""
+        longest = max(map(self.longest_chat, instructions, limits))
         if longest > self.context:
             sizes = f"its context holds {self.context} tokens, and a chat may have {longest}"
             raise InputError(f"--judge: {sizes}: another judge, or fewer --max-new-tokens")
@@ -254,14 +254,14 @@ class Pointwise(Judge):
         for chat in distinct:
             pieces.append((chat[shared:], 0 if shared else None))
             end = start + len(chat) - shared
-            places = [*range(shared), *range(start, end)]  # of the chat's tokens
+            places = [*range(shared), *range(start, end)]  # in the row, of the chat's tokens
             ends.append(places[-1])
             gates.append(places[self.gate_position(chat)])
             start = end
         device = self.model.model.embed_tokens.weight.device
         tokens, positions, attend = pack(pieces, device)  # (1, T) both
         hidden = self.model.model(tokens, positions, attend, keep=ends + gates)
-        h_end, h_gate = hidden[0].float().chunk(2)  # (n, hidden) both
+        h_end, h_gate = hidden[0].float().chunk(2)  # (n, hidden) both, as in `keep`
         rows = self.model.score_heads(h_end, h_gate).tolist()
         rows = dict(zip(distinct, rows, strict=True))
         return [rows.get(chat) for chat in chats]
@@ -272,7 +272,7 @@ class Pointwise(Judge):
             return len(chat) - 1  # any will do: there is no gate
         header = "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
         ids = tuple(self.tokenizer.encode(header, add_special_tokens=False))
-        for i in reversed(range(len(chat))):  # the last one: a quote in a response wins
+        for i in reversed(range(len(chat))):  # the last, as published: even a quoted one
             if chat[i : i + len(ids)] == ids:
                 return i
         raise InputError(f"{self.tokenizer.folder}: chat_template writes no {header!r}")
@@ -353,19 +353,19 @@ class Pairwise(Judge):
     verdict_tokens = 2048  # of a verdict at most; ours
 
     def run(self, items):
-        """As Pointwise.run: `scores` (Elo), and `verdicts`, one an ordered pair."""
+        """As Pointwise.run: `scores` (Elo), and `verdicts`, one for each ordered pair."""
         prompts = []
-        readable = []  # of each item: the indices to compare
+        compared = []  # of each item: indices of its responses
         for where, instruction, responses in items:
             indices = self.readable(where, instruction, responses)
-            readable.append(indices)
+            compared.append(indices)
             for texts in permutations([responses[i] for i in indices], 2):
                 # (a, b) and (b, a), against position bias.
                 prompts.append(self.comparison(where, instruction, *texts))
         settings = {"temperature": 0, "stop_ids": self.tokenizer.stop_ids}  # greedy: repeatable
         completions = iter(generate(self.model, prompts, 1, self.verdict_tokens, **settings))
         results = []
-        for (_, _, responses), indices in zip(items, readable, strict=True):
+        for (_, _, responses), indices in zip(items, compared, strict=True):
             verdicts = []
             wins = np.zeros((len(responses), len(responses)))
             for a, b in permutations(indices, 2):  # in the order of the prompts
@@ -393,7 +393,7 @@ class Pairwise(Judge):
             if max(map(len, chats)) + self.verdict_tokens <= self.context:
                 break
             indices.pop()  # the longest gets no score
-        if len(indices) < min(2, len(responses)):
+        if len(indices) == 1 and len(responses) > 1:
             return []  # one that nothing was compared with has no score either
         return sorted(indices)
 
@@ -547,7 +547,7 @@ def wilson_interval(rate, n):
 
 def describe_pairs(statistics):
     """The pair statistics of a file in a line."""
-    text = "{pairs:,} pairs ({failed:.0%} reject failed), rho {rho:g}; {no_pair} without a pair"
+    text = "{pairs:,} pairs ({failed:.0%} with a failed one), rho {rho:g}; {no_pair} without a pair"
     return text.format(**statistics)
 
 
@@ -577,6 +577,8 @@ def main():
         raise InputError("nothing to do: give --output, --pairs or both")
     if args.output and not args.judge:
         raise InputError("--output needs a judge: give --judge")
+    if args.output and args.pairs and Path(args.output).resolve() == Path(args.pairs).resolve():
+        raise InputError("--output and --pairs name one file: give two")
     for path in filter(None, (args.output, args.pairs)):
         check_output(path)
     device = options_of(Device, args)

@@ -79,7 +79,7 @@ def rotate(x, cos, sin):
 def causal_attention(layer, q, k, v):
     """The plain `attend`: each row is a sequence; q may be only its last tokens."""
     # q (B, H, T, head_dim), k and v (B, KV, P + T, head_dim) -> (B, H, T, head_dim).
-    # Query t sees keys 0 to P + t. Only a cache needs `layer`: it has keys for each.
+    # Query t sees keys 0 to P + t. layer: for a KV cache, which holds each layer's keys.
     mask = causal_lower_right(q.shape[2], k.shape[2])
     return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
 
@@ -190,7 +190,7 @@ class Trunk(nn.Module):
 class LanguageModel(nn.Module):
     """A trunk and an output head; parameter names are Hugging Face's."""
 
-    # Always in evaluation mode, in DPO too: a dropout that you add would be off.
+    # load_weights calls eval(), for DPO too: a dropout that you add would be off.
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -233,7 +233,7 @@ class WideProduct(torch.autograd.Function):
     def backward(ctx, grad):
         hidden, head = ctx.saved_tensors
         grad = grad.to(hidden.dtype)  # (N, V)
-        # The head's gradient is a sum over all tokens, so it stays in float32.
+        # A sum over all tokens stays in float32: dpo.py sets the head's grad_dtype.
         return grad @ head, torch.mm(grad.T, hidden, out_dtype=torch.float32)
 
 
@@ -271,7 +271,8 @@ class KVCache:
             mask = torch.zeros_like(unseen, dtype=self.k.dtype).masked_fill(unseen, -math.inf)
 
         def attend(layer, q, k, v):
-            self.k[layer, rows, :, positions] = k[:, :, 0]  # (B, KV, head_dim)
+            # rows and positions pair up: (B, KV, head_dim).
+            self.k[layer, rows, :, positions] = k[:, :, 0]
             self.v[layer, rows, :, positions] = v[:, :, 0]
             keys = self.k[layer, :B, :, :length]  # (B, KV, length, head_dim)
             values = self.v[layer, :B, :, :length]
@@ -290,7 +291,7 @@ class KVCache:
 def flash_attention(q, k, v, positions):
     """A GPU's 16-bit kernel, which never reads the keys that a row does not see."""
     B, KV, length, head_dim = k.shape
-    # It takes sequences end to end. Here each key head of a slot is a sequence: one query
+    # The kernel takes sequences end to end. Here each key head of a slot is one: one query
     # token of H / KV heads, and `length` keys of one head.
     q = q.flatten(0, 1)  # (B * KV, H / KV, head_dim)
     k = k.reshape(-1, 1, head_dim)  # (B * KV * length, 1, head_dim)
@@ -394,7 +395,8 @@ def read_config(folder):
     eps = raw.get("rms_norm_eps", 1e-6)
     check(is_number(eps), "rms_norm_eps", "a number above 0")
     # A sliding window hides far tokens: refused, but for one as long as the context.
-    # Mistral always has one; later families where a flag says so.
+    # Mistral always has one; later families where use_sliding_window says so, unless
+    # their layer_types lists no sliding layer.
     kinds = raw.get("layer_types")
     check(kinds in (None, ["full_attention"] * layers), "layer_types", "full_attention alone")
     slides = family == "mistral" or (kinds is None and raw.get("use_sliding_window"))
@@ -434,7 +436,7 @@ def read_rope(raw, check):
     # A nested dict has settings for each kind of layer, which no family here has.
     is_flat = isinstance(rope, dict) and dict not in map(type, rope.values())
     kind = rope.get("rope_type", rope.get("type", "default")) if is_flat else rope
-    raw["rope_type"] = kind
+    raw["rope_type"] = kind  # which check's error shows
     check(is_flat and str(kind) in kinds, "rope_type", f"one of {', '.join(kinds)}")
     raw["rope_theta"] = raw.get("rope_theta") or 10000.0
     raw |= rope | {"rope_type": kind}
@@ -475,9 +477,9 @@ def load_weights(module, folder, device, dtype):
             continue
         if stored.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise InputError(f"{file}: {name} is {stored.dtype}, not float32 or 16 bits")
-        # A judge's heads are float32: they read few tokens.
-        is_shared = name.startswith(("model.", "lm_head."))
-        tensors[name] = stored.to(dtype if is_shared else torch.float32, copy=True)
+        # A judge's heads are float32: they read few tokens. copy: no view of the file.
+        is_head_of_judge = not name.startswith(("model.", "lm_head."))
+        tensors[name] = stored.to(torch.float32 if is_head_of_judge else dtype, copy=True)
         if not tensors[name].isfinite().all():
             raise InputError(f"{file}: {name} has NaN or infinite values in {dtype}")
     # A tied checkpoint may store its one matrix under either name, or both.
@@ -692,8 +694,7 @@ def run_main(main, resumes=False):
     # What cannot be shown, or is not valid input, is replaced.
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
-    sys.stdout.reconfigure(line_buffering=True)  # into a pipe too
+            stream.reconfigure(errors="replace", line_buffering=True)  # into a pipe too
     try:
         main()
     except (InputError, OSError) as error:
@@ -719,7 +720,7 @@ def write_whole(path, folder=False, aside=None):
             aside.mkdir(parents=True)
         yield aside
         for file in aside.iterdir() if folder else [aside]:
-            with open(file, "rb+") as stream:  # Windows syncs none that is read only
+            with open(file, "rb+") as stream:  # Windows cannot sync a file opened to read
                 os.fsync(stream.fileno())
         os.replace(aside, path)
     except (SafetensorError, OSError) as error:  # a full disk's error names no file
@@ -786,7 +787,7 @@ def parse_json(where, data, kind):
     try:
         value = json.loads(data.decode("utf-8-sig"))
         if b"\\ud" in data.lower():  # an escape for half of a surrogate pair is no text
-            json.dumps(value, ensure_ascii=False).encode()
+            json.dumps(value, ensure_ascii=False).encode()  # raises for it
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: not UTF-8 JSON: {error}") from None
     if not isinstance(value, kind):

@@ -79,7 +79,7 @@ def split_output(text, style):
     if first is None:
         return None  # in training it becomes a rejected output (draft 2.2)
     thought = drop_markers(text[: first.start()], thought_marker)
-    # Real models repeat a marker: what follows at once belongs to it, a later one stays.
+    # Real models repeat a marker: copies right behind it are dropped, later ones stay.
     return thought, drop_markers(text[first.end() :], response_marker, thought_marker)
 
 
@@ -88,8 +88,9 @@ def marker_pattern(marker):
     colon = ":" if marker.endswith(":") else ""
     words = re.escape(marker.removesuffix(":"))
     heading = r"(?:(?m:^)[ \t]*\#{1,6}[ \t]*)?"
-    opening = r"([*_]{0,3})[ \t]*"
-    # Emphasis closes as it opened; before a blank any * or _ counts as closing.
+    opening = r"([*_]{0,3})[ \t]{0,8}"  # without a limit a long run of blanks takes minutes
+    # Behind the colon: any * or _ before a blank, what had opened, or nothing. Or what had
+    # opened, then the colon.
     closing = rf"(?:{colon}(?:[*_]{{1,3}}(?=\s|$)|[ \t]*\1|)|\1{colon})"
     # A heading may also end in #, or have a line of = or - below it.
     underline = r"(?m:[ \t]+\#{1,6}[ \t]*$)?(?:\n(?:={3,}|-{3,})[ \t]*(?=\n|$))?"
@@ -100,8 +101,8 @@ def drop_markers(text, *markers):
     """The stripped text without the markers that it begins with."""
     patterns = [marker_pattern(marker) for marker in markers if marker]
     text = text.strip()
-    while match := next(filter(None, (each.match(text) for each in patterns)), None):
-        text = text[match.end() :].strip()
+    while matches := list(filter(None, (each.match(text) for each in patterns))):
+        text = text[matches[0].end() :].strip()
     return text
 
 
@@ -113,17 +114,18 @@ def draw(logits, uniforms, temperature, top_p):
     `nucleus` in tests/test_sample.py is the plain form, which sorts every row.
     """
     is_greedy = temperature < 1e-6  # a division by it could overflow
-    # Few rows are sorted. The first uniform draws from all V tokens. In the nucleus, that
-    # token is taken; outside, the second uniform draws from the nucleus alone. It is exact:
-    # inside, P(token) = p + P(outside) p / P(nucleus) = p / P(nucleus).
-    probs = logits if is_greedy else (logits / temperature).softmax(-1)  # (N, V), or logits
+    # So that few rows are sorted, the first uniform draws from all V tokens. If that token is
+    # in the nucleus, it is taken; if not, the second uniform draws from the nucleus. Exact: of
+    # a token inside, P = p + P(outside) p / P(nucleus) = p / P(nucleus).
+    probs = logits if is_greedy else (logits / temperature).softmax(-1)  # (N, V)
     ids = logits.argmax(-1) if is_greedy else draw_from(probs, uniforms[:, 0])  # (N,)
     p = probs.gather(-1, ids[:, None])[:, 0].tolist()  # waits for the device
     if not all(map(math.isfinite, p)):  # one NaN logit makes all probabilities NaN
         raise InputError("the model's logits are NaN or infinite: take another --dtype")
     if is_greedy or top_p >= 1:
         return ids.tolist()
-    # Inside for sure if all other tokens, 1 - p, are below top_p. Weigh the other rows.
+    # Where p > 1 - top_p, all others sum to less than top_p: inside. The rest is weighed
+    # (1e-4: what rounding may do).
     rows = [i for i in range(len(p)) if p[i] <= 1 - top_p + 1e-4]
     masses = likelier_mass(probs[rows], ids[rows]).tolist()
     rows = [i for i, mass in zip(rows, masses, strict=True) if mass >= top_p]  # outside
@@ -158,7 +160,7 @@ def invert_cdf(weights, uniforms):
     """Where each row's CDF of weights (N, M) passes its uniform (N,): index and rest."""
     # rest: how far into the index's step the uniform lies, which is uniform again.
     cdf = weights.cumsum(-1, dtype=torch.float64)  # in float32 small terms would be lost
-    cdf = cdf / cdf[:, -1:]  # it ends at 1, above any uniform: no index of weight 0 is drawn
+    cdf = cdf / cdf[:, -1:]  # it ends at 1, above any uniform; right=True passes weights of 0
     uniforms = uniforms[:, None].contiguous()  # (N, 1)
     indices = torch.searchsorted(cdf, uniforms, right=True)  # (N, 1)
     indices = indices.clamp(max=cdf.shape[-1] - 1)  # it is M where the CDF is NaN
@@ -183,7 +185,7 @@ class Completion:
 
     def ends(self, stop_ids):
         self.finished = self.ids[-1] in stop_ids
-        return self.finished or len(self.ids) == len(self.uniforms)
+        return self.finished or len(self.ids) == len(self.uniforms)  # its limit
 
 
 def generate(
@@ -338,7 +340,7 @@ class Decoder:
         # A graph has a fixed shape: rows are rounded up to a power of two. Those beyond n
         # write to position 0 of free slots, so active rows must have the slots 0 to n - 1.
         rows = min(1 << (n - 1).bit_length(), self.slots)
-        if not self.graphs:  # it has fixed addresses too: all graphs share these buffers
+        if not self.graphs:  # graphs have fixed addresses too: all share these buffers
             self.inputs = inputs.new_zeros(2, self.slots)
             self.logits = torch.empty(self.slots, len(self.model.head), device=inputs.device)
             self.stream = torch.cuda.Stream()
@@ -350,7 +352,7 @@ class Decoder:
             with torch.cuda.stream(self.stream):  # libraries allocate on their first call
                 self.forward(self.inputs[:, :rows], self.length)
             self.graphs[rows] = torch.cuda.CUDAGraph()
-            # self.length: a replay may read any position.
+            # With all self.length keys: later replays of this graph stand further on.
             with torch.cuda.graph(self.graphs[rows], pool=self.pool, stream=self.stream):
                 self.logits[:rows] = self.forward(self.inputs[:, :rows], self.length)
         self.graphs[rows].replay()
@@ -384,7 +386,7 @@ def plan_slots(model, length, completions, memory=None):
         # Of total, not free, memory: equal commands get equal batches.
         room = 0.9 * torch.cuda.get_device_properties(model.device).total_memory
         room -= sum(p.nbytes for p in model.parameters())
-        room -= most * 40 * config.vocab_size  # what `draw` takes for each logit
+        room -= most * 40 * config.vocab_size  # `draw` takes 40 bytes a logit
     slots = min(most, completions, int(room // slot_bytes))
     if slots < 1:
         sizes = f"{slot_bytes / GIB:.2f} GiB, and there are {room / GIB:.2f}"
@@ -416,7 +418,8 @@ def read_instructions(path):
         if name == "instruction" and row.get("input"):  # of Alpaca
             if not isinstance(row["input"], str):
                 raise InputError(f"{place}: input is not a text")
-            text += "\n\n" + row.pop("input")  # else rereading the samples adds it again
+            # popped: the samples, read again, must not add it twice.
+            text += "\n\n" + row.pop("input")
         rows.append({**row, "instruction": text})
     if not rows:
         raise InputError(f"{path}: there is no instruction in it")
@@ -428,7 +431,7 @@ def make_prompts(rows, tokenizer, style, config, path):
     system = STYLES[style].system
     turns = []
     if system is not None:
-        check_system_turn(tokenizer, system, "--thought system needs it")
+        check_system_turn(tokenizer, system, f"--thought {style} needs it")
         turns.append({"role": "system", "content": system})
     prompts = []
     for number, row in enumerate(rows, 1):
@@ -476,7 +479,7 @@ def sample_rows(decoder, tokenizer, options, label, rows, rest):
             i, row, j, attempt = completion.name
             output = read_output(completion, tokenizer, options.thought)
             if not output["response"] and attempt <= options.resample:
-                # Again (draft 3.5), next in line; the seed's part of its stream names try and j.
+                # Again (draft 3.5), next in line; the seed's part names the try, and j.
                 attempt += 1
                 stream = (f"{options.seed}/try-{attempt}/{j}", "completion", i, 0)
                 again = replace(completion, ids=[], stream=stream, name=(i, row, j, attempt))
@@ -491,7 +494,7 @@ def sample_rows(decoder, tokenizer, options, label, rows, rest):
 def read_output(completion, tokenizer, style):
     """A completion as text, parsed into thought and response: an output of a file."""
     ids = completion.ids[:-1] if completion.finished else completion.ids
-    text = tokenizer.decode(ids, skip_special_tokens=True)  # none may reach a judge
+    text = tokenizer.decode(ids, skip_special_tokens=True)  # none drawn reaches a judge
     output = {"ids": completion.ids, "text": text, "finished": completion.finished, "tries": 1}
     thought, response = split_output(text, style) or (None, None)
     for name, part in (("thought", thought), ("response", response)):
@@ -502,10 +505,11 @@ def read_output(completion, tokenizer, style):
 
 def answer(args, options, model, tokenizer):
     """Prints the answer to an instruction, or to each line of standard input."""
-    lines = filter(str.strip, sys.stdin)  # those that are not blank
-    for text in lines if args.instruction is None else [args.instruction]:
+    # Lines that are not blank, if no instruction was given.
+    lines = [args.instruction] if args.instruction else filter(str.strip, sys.stdin)
+    for text in lines:
         data = text.rstrip("\n").encode(errors="surrogateescape")
-        rows = [{"instruction": data.decode(errors="replace")}]  # it may not be UTF-8
+        rows = [{"instruction": data.decode(errors="replace")}]  # its bytes may not be UTF-8
         rows = make_prompts(rows, tokenizer, options.thought, model.config, "terminal")
         decoder = decoder_for(model, [rows[0]["prompt_ids"]], options)
         (row,) = sample_rows(decoder, tokenizer, options, "answering", rows, rows)
@@ -534,13 +538,13 @@ def answer_file(args, options, model, tokenizer):
         if args.format == "arena_hard" and "uid" not in row:
             raise InputError(f"{args.instructions}: instruction {number} has no uid")
     weights = hash_of(checkpoint_folder(args.model))
-    key = [weights, args.dtype, hash_of(Path(args.instructions))]  # a Path: its contents
+    inputs = [weights, args.dtype, hash_of(Path(args.instructions))]  # a Path: its contents
     samples = Path(args.output)
-    if args.format != "jsonl":  # the name tells options apart
-        name = hash_of([key, vars(options)])[:8]
+    if args.format != "jsonl":  # named by its options: only the same ones resume it
+        name = hash_of([inputs, vars(options)])[:8]
         samples = Path(f"{args.output}.{name}.samples")
     if not samples.exists():
-        key = {"model, dtype, instructions": key}
+        key = {"model, dtype, instructions": inputs}
         sample_file(model, tokenizer, rows, options, samples, key, args.instructions)
     drawn = []
     for _, row in read_jsonl(samples):
@@ -569,11 +573,15 @@ def main():
     add("--show-thought", action="store_true", help="show the thought of an answer too")
     args = parser.parse_args()
     if args.output is None or args.format != "jsonl":
-        # An answer is read, not compared; without a response, drawn again (draft 3.5).
+        # An answer is read, not compared: one, and drawn again without a response (draft 3.5).
         parser.set_defaults(num_samples=1, resample=3)
         args = parser.parse_args()
     if (args.instructions is None) != (args.output is None):
         raise InputError("--instructions and --output go together: one of them is missing")
+    if args.output is None and args.format != "jsonl":
+        raise InputError("--format is a file's: give --instructions and --output too")
+    if args.output is not None and args.show_thought:
+        raise InputError("--show-thought shows it on the terminal: leave it out with --output")
     if args.instruction is not None:
         if args.output is not None:
             raise InputError("an instruction and --output were given: give one of them")

@@ -52,9 +52,12 @@ def sample_outputs(run, t, rows):
     write_samples(run, run.policy(t - 1), rows, path, f"iteration-{t}", resample=0)
     outputs = [output for row in read_rows(path) for output in row["outputs"]]
     tokens = sum(len(output["ids"]) for output in outputs)
-    unparsed = mean([not output["response"] for output in outputs])
-    run.log({"stage": "sample", "iteration": t, "tokens": tokens, "unparsed": unparsed})
-    print(f"  sampling    {len(outputs):,} outputs, {unparsed:.1%} not parsed")
+    row = {"stage": "sample", "iteration": t, "tokens": tokens}
+    row["unparsed"] = mean([not output["response"] for output in outputs])
+    row["truncated"] = mean([not output["finished"] for output in outputs])
+    run.log(row)
+    shares = "{unparsed:.1%} not parsed, {truncated:.1%} truncated".format(**row)
+    print(f"  sampling    {len(outputs):,} outputs, {shares}")
 
 
 def judge_outputs(run, t):
@@ -63,7 +66,7 @@ def judge_outputs(run, t):
         return
     scores = run.file(t, "scores.jsonl")
     if not scores.exists():
-        judge = run.load(judging.load_judge, run.judge)
+        judge = run.load(judging.load_judge, run.judge_folder)
         judging.score_file(judge, run.file(t, "samples.jsonl"), scores)
     shares = judging.check_judging(scores)  # warns of what the judge could not do
     rules = (run.options.rho, run.options.reject_failed)  # rho "auto": anew each time
@@ -76,10 +79,10 @@ def train_policy(run, t):
     """DPO of M_(t-1) on the pairs; every epoch is saved, as any may be best."""
     if run.logged("train", t):
         return
-    folder = run.file(t, "")
+    folder = run.iteration(t)
     source = run.policy(t - 1)  # both the start and the reference (2.2)
     pairs = dpo.read_pairs(folder / "pairs.jsonl", read_config(source))
-    options = dpo.Options(**run.logged("plan", 0)[0]["dpo"])
+    options = dpo.Options(**run.logged("plan", 0)[0]["dpo"])  # fitted by plan_training
     options.seed = f"{run.dpo.seed}/iteration-{t}"  # of the order of the pairs
 
     def end_of_epoch(epoch, model):
@@ -104,7 +107,7 @@ def train_policy(run, t):
 
 def select_epoch(run, t, held_out):
     """The epoch that does best on the held-out instructions becomes M_t (3.1)."""
-    folder = run.file(t, "")
+    folder = run.iteration(t)
     if not run.logged("validation", t):
         epochs = range(1, run.dpo.epochs + 1)
         paths = [folder / f"epoch-{epoch}" / "validation.jsonl" for epoch in epochs]
@@ -132,12 +135,12 @@ def validate_seed(run, held_out):
     styles = dict.fromkeys(["none", run.sampling.thought])  # one style if they are equal
     if len(run.logged("validation", 0)) == len(styles):
         return
-    policies = [(run.seed, s, run.file(0, f"validation-{s}.jsonl")) for s in styles]
+    policies = [(run.seed_model, s, run.file(0, f"validation-{s}.jsonl")) for s in styles]
     for row in validate_policies(run, 0, held_out, policies):
-        if row["unparsed_left"] == 1:  # no pair could teach such a seed to think
+        if row["failed_left"] == 1:  # no output could be the chosen one of a pair
             path = run.file(0, f"validation-{row['thought']}.jsonl")
-            hint = "more --max-new-tokens, another --thought, or another seed"
-            raise InputError(f"{path}: no output has a response: take {hint}")
+            hint = "more --max-new-tokens, another --thought or --model, and another --output"
+            raise InputError(f"{path}: no output has a response and an end: take {hint}")
         run.log({"stage": "validation", **row}, "thought")
     print(report(run.logged("validation", 0)))
 
@@ -147,7 +150,7 @@ def validate_policies(run, t, held_out, policies):
     for policy, style, path in policies:  # the same random streams for each
         changes = {"thought": style, "num_samples": 1}
         write_samples(run, policy, held_out, path, "validation", **changes)
-    judge = run.load(judging.load_judge, run.judge)  # one model at a time: sampling is over
+    judge = run.load(judging.load_judge, run.judge_folder)  # one model at a time: sampling is over
     return [validate(run, judge, path, t, style) for _, style, path in policies]
 
 
@@ -156,8 +159,8 @@ def write_samples(run, policy, rows, path, name, **changes):
     if not path.exists():
         options = replace(run.sampling, seed=f"{run.sampling.seed}/{name}", **changes)
         model = run.load(load_model, policy)
-        tokenizer = load_tokenizer(run.seed)  # training leaves it as it is
-        sample.sample_file(model, tokenizer, rows, options, path, {}, name, path.stem)
+        tokenizer = load_tokenizer(run.seed_model)  # training leaves it as it is
+        sample.sample_file(model, tokenizer, rows, options, path, {}, name, label=path.stem)
 
 
 def validate(run, judge, path, t, style):
@@ -169,12 +172,12 @@ def validate(run, judge, path, t, style):
         both = zip(read_rows(path), read_rows(direct), strict=True)  # a pairwise judge needs both
         write_jsonl(judged, ({**a, "outputs": a["outputs"] + b["outputs"]} for a, b in both))
         judging.score_file(judge, judged, scores)
-    if path != direct:  # the seed against itself: verdicts may be missing
+    if path != direct:  # there the seed meets itself: no verdict is no fault
         judging.check_judging(scores)
     rows = read_rows(scores)
     by_category = {}
-    for name in sorted({row["category"] for row in rows if "category" in row}):
-        by_category[name] = measure([row for row in rows if row.get("category") == name])
+    for name in sorted({str(row["category"]) for row in rows if row.get("category") is not None}):
+        by_category[name] = measure([row for row in rows if str(row.get("category")) == name])
     return {"iteration": t, "thought": style, **measure(rows), "by_category": by_category}
 
 
@@ -188,10 +191,11 @@ def measure(rows):
     ours = [o["score"] for o in outputs]
     seeds = [row["outputs"][1]["score"] for row in rows]
     rate, *interval = judging.win_rate(ours, seeds)  # the intervals are of 95%
-    right = [is_right(row) for row in rows if "answer" in row]
+    right = [is_right(row) for row in rows if row.get("answer") is not None]
     share = mean(right)  # None where no answer is known
-    failed = [not o["response"] or o["tries"] > 1 for o in outputs]  # at the first try
+    parsed_at_once = [o for o in outputs if o["response"] and o["tries"] == 1]
     parsed = [o for o in outputs if o["response"]]  # after the last try
+    ended = [o for o in parsed if o["finished"]]
     return {
         "count": len(outputs),
         "score": mean([score for score in ours if score is not None]),
@@ -199,8 +203,9 @@ def measure(rows):
         "win_rate_interval": interval,
         "exact_match": share,
         "exact_match_interval": judging.wilson_interval(share, len(right)) if right else None,
-        "unparsed": mean(failed),
+        "unparsed": 1 - len(parsed_at_once) / len(outputs),
         "unparsed_left": 1 - len(parsed) / len(outputs),
+        "failed_left": 1 - len(ended) / len(outputs),
         "thought_tokens": mean([o["thought_tokens"] for o in parsed]),
         "response_tokens": mean([o["response_tokens"] for o in parsed]),
     }
@@ -212,8 +217,24 @@ def mean(values):
 
 def is_right(row):
     output = row["outputs"][0]
-    finished = output.get("finished", True)  # False: truncated
-    return "answer" in row and exact_match(output["response"], row["answer"], finished)
+    known = row.get("answer")
+    return known is not None and exact_match(output["response"], known, output["finished"])
+
+
+# "#### Step 2" is a heading, and "the answer is not 5" gives none.
+MARK = re.compile(r"(?<!#)####(?!#|\s*step)|\\boxed\{|\banswer\s+is\b(?!\s+not\b)", re.I)
+# A model may go on with a question of its own, and answer that.
+INVENTED = re.compile(r"^\W*(?:next |new )?(?:question|q|problem|user)[ \d]*:", re.I | re.M)
+IN_BOX = re.compile(r"(?:[^{}]|\{[^{}]*\})*")  # up to its brace; one level inside it
+IN_SENTENCE = re.compile(r"(?:(?![.!?]\s|\n|####).)*", re.S)  # 1.5 has no end in it
+EQUATION = re.compile(r"(?:[^=\w]|\d|\b[a-z]\b)*=", re.I)  # no words before the "="
+NUMBER = (
+    r"(?:(?<![\w)])-)?"  # a sign; 15-10 has none
+    r"(?:(?:\d+ )?\d+/0*[1-9]\d*"  # a fraction: 3/4, 1 3/4; not 3/0
+    r"|(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"  # 1,200.50, .5; 1,2 is two numbers
+)
+# The ^2 of m^2, ^{10} of x^{10}, _1 of x_1.
+POWER_OR_INDEX = re.compile(r"(?<=[\w)}])(?:\s?\^\s?|_)(?:\{[^{}]*\}|\([^()]*\)|-?[\w.]*\w)")
 
 
 def exact_match(response, answer, finished=True):
@@ -234,12 +255,14 @@ def exact_match(response, answer, finished=True):
     if response is None:
         return False
     known = plain(str(answer))
-    marked = marked_passages(known)  # GSM8K's: "9 * 2 = 18 #### 18"
+    marked = marked_passages(known)  # GSM8K's "9 * 2 = 18 #### 18" is 18
     final = [row for row in marked if row[0] == "####"]
-    known = fold((final or marked)[0][1] if marked else known)
+    if marked:
+        known = (final or marked)[0][1]
+    known = fold(known)
     is_number = re.fullmatch(NUMBER, known) is not None
 
-    def answers(text):  # "so the first answer is right" has no number
+    def answers(text):  # passages that hold a number, if one is asked for
         rows = marked_passages(text)
         return [row for row in rows if (numbers(row[1]) if is_number else row[1].strip())]
 
@@ -251,23 +274,25 @@ def exact_match(response, answer, finished=True):
     if not passages:  # the last number, or all of the text
         same = numbers(text)[-1:] == numbers(known) if is_number else fold(text) == known
         return finished and same
-    final = [passage for mark, passage in passages if mark == "####"]
-    text = final[0] if final else passages[-1][1]  # "answer is" may be corrected later
-    inner = answers(text)  # "#### The answer is Paris."
-    text = inner[-1][1] if inner else text
+    after_hashes = [passage for mark, passage in passages if mark == "####"]
+    # Without them the last mark counts: "answer is" may be corrected later.
+    given = after_hashes[0] if after_hashes else passages[-1][1]
+    inner = answers(given)  # "#### The answer is Paris."
+    given = inner[-1][1] if inner else given
     if not is_number:
-        return fold(text) == known
-    while EQUATION.match(text):  # "9 * 2 = 18": the answer is the right side
-        left, _, right = text.partition("=")
-        if not numbers(right) or re.fullmatch(NUMBER, left.strip()):  # "18 = 9 * 2"
+        return fold(given) == known
+    while EQUATION.match(given):  # "9 * 2 = 18" is 18
+        left, _, right = given.partition("=")
+        if not numbers(right) or re.fullmatch(NUMBER, left.strip()):  # "18 = x", "18 = 9 * 2"
             break
-        text = right
-    return numbers(text)[:1] == numbers(known)  # "18 for 2 days" is 18
+        given = right
+    return numbers(given)[:1] == numbers(known)  # "18 for 2 days" is 18
 
 
 def marked_passages(text):
     """All (mark, what follows up to its end, whether that end is there)."""
-    first = MARK.search(text)  # earlier the question may be restated
+    # INVENTED counts only behind a mark: before it the question may be restated.
+    first = MARK.search(text)
     invented = first and INVENTED.search(text, first.end())
     text = text[: invented.start()] if invented else text
     passages = []
@@ -279,28 +304,13 @@ def marked_passages(text):
     return passages
 
 
-# "#### Step 2" is a heading, and "the answer is not 5" gives none.
-MARK = re.compile(r"(?<!#)####(?!#|\s*step)|\\boxed\{|\banswer\s+is\b(?!\s+not\b)", re.I)
-# A model may go on with a question of its own, and answer that.
-INVENTED = re.compile(r"^\W*(?:next |new )?(?:question|q|problem|user)[ \d]*:", re.I | re.M)
-IN_BOX = re.compile(r"(?:[^{}]|\{[^{}]*\})*")  # up to its brace; one level inside it
-IN_SENTENCE = re.compile(r"(?:(?![.!?]\s|\n|####).)*", re.S)  # 1.5 has no end in it
-EQUATION = re.compile(r"(?:[^=\w]|\d|\b[a-z]\b)*=", re.I)  # no words before the "="
-NUMBER = (
-    r"(?:(?<![\w)])-)?"  # a sign; in 15-10 it is a minus
-    r"(?:(?:\d+ )?\d+/0*[1-9]\d*"  # 3/4 and 1 3/4, but not 3/0
-    r"|(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"  # 1,200.50, .5; 1,2 is two
-)
-# m^2, x^{10}, x_1
-POWER_OR_INDEX = re.compile(r"(?<=[\w)}])(?:\s?\^\s?|_)(?:\{[^{}]*\}|\([^()]*\)|-?[\w.]*\w)")
-
-
 def numbers(text):
     """The numbers of a text as floats, without exponents and indices."""
     values = []
     for number in re.findall(NUMBER, POWER_OR_INDEX.sub("", text)):
         sign = -1 if number.startswith("-") else 1
-        whole, _, part = number.replace(",", "").lstrip("-").rpartition(" ")  # 1 3/4
+        # "1 3/4" is 1 and 3/4; of another number `whole` is "".
+        whole, _, part = number.replace(",", "").lstrip("-").rpartition(" ")
         top, _, bottom = part.partition("/")
         values.append(sign * (float(whole or 0) + float(top) / float(bottom or 1)))
     return values
@@ -309,12 +319,13 @@ def numbers(text):
 def plain(text):
     """A text without emphasis, LaTeX, currencies and percent signs."""
     text = text.replace("\u2212", "-").replace("{,}", ",")  # a minus sign; 1{,}200
-    # 10**3 is a power, **10** emphasis.
+    # 10**3 is a power; is**10** and is**1.5** are emphasis.
     text = re.sub(r"(?<=[\w)])\*\*(?=\d+(?!\d|[.,]\d|\*\*))", "^", text)
     text = re.sub(r"\*\*|__", "", text)  # emphasis
     text = re.sub(r"\\(?:text|math)\w*\s*\{([^{}]*)\}", r"\1", text)  # 18\text{ days}
     text = re.sub(r"(?<=\d)\s*(?=\\[dt]?frac)", " ", text)  # 1\frac{3}{4}
-    text = re.sub(r"\\[dt]?frac\{?(-?\d+)\}?\{?(\d+)\}?", r"\1/\2", text)  # \frac{3}{4}
+    fraction = r"\\[dt]?frac(?:\{(-?\d+)\}|(\d))(?:\{(\d+)\}|(\d))"  # \frac{3}{4}, \frac34
+    text = re.sub(fraction, r"\1\2/\3\4", text)
     text = re.sub(r"\\(?:times|cdot|div)\b", "*", text)  # not a word
     text = re.sub(r"\\[()\[\],;:! ]|\\(?=[$%#])", "", text)  # \(18\), 1\,200, \$18
     text = re.sub(r"-[$\u20ac\u00a3]\s?", "-", text)  # -$ 5
@@ -322,9 +333,9 @@ def plain(text):
 
 
 def fold(text):
-    """Case and spaces folded, and the stops and colons around it dropped."""
+    """Case and spaces folded; stops, colons, quotes and brackets around it dropped."""
     text = " ".join(text.casefold().split())
-    return re.sub(r"^(?:[ :`]|\.(?!\d))+|[ :.`]+$", "", text)  # .5 keeps its point
+    return re.sub(r"^(?:[ :`\"'(\[]|\.(?!\d))+|[ :.`\"')\]]+$", "", text)  # .5 keeps its point
 
 
 def report(rows):
@@ -374,22 +385,24 @@ class Run:
         self.options = options_of(Options, args)
         self.device = options_of(Device, args)
         self.sampling = options_of(sample.Options, args)
-        self.dpo = options_of(
-            dpo.Options, args
-        )  # as given; the log's plan has the defaults filled in
+        # dpo: as given; the log's plan has the defaults filled in.
+        self.dpo = options_of(dpo.Options, args)
         self.folder = Path(self.options.output or f"runs/{self.sampling.thought}")
         self.log_file = self.folder / "log.jsonl"
-        self.seed = checkpoint_folder(self.options.model)
-        self.judge = checkpoint_folder(self.options.judge)
+        self.seed_model = checkpoint_folder(self.options.model)
+        self.judge_folder = checkpoint_folder(self.options.judge)
 
-    def file(self, t, name):
+    def iteration(self, t):
         folder = self.folder / f"iteration-{t}"
         folder.mkdir(exist_ok=True)
-        return folder / name
+        return folder
+
+    def file(self, t, name):
+        return self.iteration(t) / name
 
     def policy(self, t):
         """The folder of M_t: the seed, or what iteration t trained."""
-        return self.file(t, "checkpoint") if t else self.seed
+        return self.file(t, "checkpoint") if t else self.seed_model
 
     def load(self, load, folder):
         """Loads a model or a judge; callers have dropped the one before."""
@@ -423,15 +436,15 @@ def read_inputs(run):
         raise InputError(f"{path}: {len(both)} are in --validation too, as {min(both)!r:.60}")
     rows = list(rows.values())  # each instruction once (3.1)
     order = random_stream(run.sampling.seed, "instructions").permutation(len(rows))
-    return [rows[i] for i in order], held_out
+    return [rows[i] for i in order[:needed]], held_out
 
 
 def plan_training(run, rows, held_out):
-    """Tries the longest possible pair, so that a lack of memory shows at once."""
-    if run.logged("plan", 0):  # once: micro-batches decide how sums round
+    """Tries the longest possible chat and pair: a lack of room shows at once."""
+    if run.logged("plan", 0):  # a resumed run has its micro-batches: they decide how sums round
         return
-    config = read_config(run.seed)
-    shared = (load_tokenizer(run.seed), run.sampling.thought, config)
+    config = read_config(run.seed_model)
+    shared = (load_tokenizer(run.seed_model), run.sampling.thought, config)
     prompts = sample.make_prompts(rows, *shared, run.options.instructions)
     prompts += sample.make_prompts(held_out, *shared, run.options.validation)
     ids = [row["prompt_ids"] for row in prompts]
@@ -442,9 +455,9 @@ def plan_training(run, rows, held_out):
     longest = max(ids, key=lambda prompt: len(prompt) + 2 * most_tokens(prompt))
     output = [0] * most_tokens(longest)  # any ids
     texts = [row["instruction"] for row in prompts]
-    judging.empty_judge(run.judge).check_context(texts, max(map(most_tokens, ids)))
+    judging.empty_judge(run.judge_folder).check_context(texts, map(most_tokens, ids))
     pair = dpo.Pair("the longest possible pair", longest, output, output)
-    fitted = dpo.fit_options(run.load(load_model, run.seed), pair, run.dpo)
+    fitted = dpo.fit_options(run.load(load_model, run.seed_model), pair, run.dpo)
     run.log({"stage": "plan", "iteration": 0, "dpo": asdict(fitted)})
 
 
@@ -467,12 +480,12 @@ def check_same_run(run):
     """Refuses a folder of other options or files; a new one gets options.json."""
     skip = ("output", "recipe", "report")  # no result depends on them
     values = {name: value for name, value in vars(run.args).items() if name not in skip}
-    paths = (run.seed, run.judge, run.options.instructions, run.options.validation)
+    paths = (run.seed_model, run.judge_folder, run.options.instructions, run.options.validation)
     for name, path in zip(PATHS, paths, strict=True):  # equal names, other contents
         values[f"{name}_sha256"] = hash_of(Path(path))
     path = run.folder / "options.json"
     run.log_file.touch()  # so that it can be read from here on
-    if not path.exists():
+    if not run.logged("plan", 0):  # nothing is done yet: other options may be what helps
         write_json(path, values)
     before = read_json(path)
     for name in {**before, **values}:
@@ -518,7 +531,8 @@ def read_recipe(path, names):
 
 
 def main():
-    classes = (Options, sample.Options, dpo.Options, Device)  # the first --seed counts
+    # Of equal names the first counts: the loop's --seed and --resample.
+    classes = (Options, sample.Options, dpo.Options, Device)
     parser = make_parser("Thought Preference Optimization.", *classes)
     add = parser.add_argument
     add("--recipe", help="JSON object of options (default: the toy world's)")

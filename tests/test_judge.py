@@ -780,6 +780,7 @@ REFUSED = {  # words of the command line, with {} the test's folder: the message
     "--output {}/scores": "scores exists already: remove it",
     "--pairs {}/none/pairs": "none/pairs: there is no folder",
     "": "nothing to do: give --output",
+    "--output {}/a --pairs {}/a": "--output and --pairs name one file",
     "--output {}/a --rho nan": "--rho: nan is neither auto nor from 0 to 10",
     "--output {}/a --rho -1": "--rho: -1 is neither",
     "--output {}/a --rho some": "--rho: invalid number_or_auto value: 'some'",

@@ -5,6 +5,7 @@ and against files that cannot be used, chosen and drawn at random.
     FUZZ_CASES=20000 FUZZ_SEED=1 python -m pytest tests/test_model.py -k changed
 """
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -944,6 +945,14 @@ def test_a_hub_id_without_a_network(tmp_path, monkeypatch, capsys):
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1 and "nobody/no-such-model" in error
     assert time.monotonic() - began < 60
+
+
+def test_a_main_runs_where_the_output_is_no_file(monkeypatch):
+    """As in a notebook, whose sys.stdout has no `reconfigure`."""
+    monkeypatch.setattr("signal.signal", lambda *args: None)
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        lm.run_main(lambda: print("done"))
+    assert text.getvalue() == "done\n"
 
 
 def test_a_hub_id_is_downloaded(tiny, monkeypatch):

@@ -195,4 +195,4 @@ def test_the_modules_are_small_and_begin_with_their_reason_to_exist():
     }
     for name, (start, most) in first.items():
         assert any(line.startswith(start) for line in lines[name][:most]), (start, most)
-    assert sum(map(len, lines.values())) <= 3040
+    assert sum(map(len, lines.values())) <= 3065

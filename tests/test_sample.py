@@ -9,6 +9,7 @@ import json
 import os
 import random
 import sys
+import time
 import weakref
 from collections import deque
 from types import SimpleNamespace
@@ -626,6 +627,12 @@ CUTS = [
 ]
 
 
+def test_a_long_run_of_blanks_takes_no_time():
+    began = time.monotonic()
+    assert sample.split_output(" \t" * 30_000, "generic") is None  # without a limit: a minute
+    assert time.monotonic() - began < 5
+
+
 @pytest.mark.parametrize("text, style, expected", CUTS)
 def test_split_output(text, style, expected):
     assert sample.split_output(text, style) == expected
@@ -942,6 +949,8 @@ COMMANDS = [
     ("--model {file} Hi", "a.jsonl: no such folder"),
     ("--model {model} --instructions {file}", "--instructions and --output go together"),
     (FILES + "Hi", "an instruction and --output were given: give one of them"),
+    ("--model {model} --format alpaca_eval Hi", "--format is a file's: give"),
+    (FILES + "--show-thought", "--show-thought shows it on the terminal"),
     (FILES + "--output {file}", "a.jsonl exists already: remove it, or name another output"),
     (FILES + "--output {file}/b/c", "there is no folder"),
     (FILES + "--instructions {out}", "No such file or directory"),

@@ -307,6 +307,55 @@ def test_first_tries_and_what_is_left_are_counted(finished, world, tmp_path):
     assert once["unparsed"] == once["unparsed_left"] == seed["unparsed"]
 
 
+def test_a_seed_of_which_nothing_ends_stops_before_training(world, tmp_path):
+    with pytest.raises(lm.InputError, match="no output has a response and an end: take more --max"):
+        run(world, tmp_path / "run", "--thought", "none", "--max-new-tokens", 1)
+
+
+def test_what_is_refused_before_the_work_may_be_asked_for_otherwise(world, tmp_path):
+    judge = tmp_path / "judge"  # with room for the longest instruction and 24 tokens more
+    shutil.copytree(world / "judge", judge)
+    config = json.loads((judge / "config.json").read_text())
+    rows = read(world / "train.jsonl") + read(world / "validation.jsonl")
+    longest = max((row["instruction"] for row in rows), key=len)
+    chat = judging.load_judge(judge).longest_chat(longest, 0)
+    config["max_position_embeddings"] = chat + 24
+    (judge / "config.json").write_text(json.dumps(config))
+    flags = ["--judge", judge, "--iterations", 1, "--epochs", 1]
+    with pytest.raises(lm.InputError, match=f"holds {chat + 24} tokens, and a chat may have"):
+        run(world, tmp_path / "run", *flags, "--max-new-tokens", 25)
+    assert "iteration 1 " in run(world, tmp_path / "run", *flags)  # in the same folder
+
+
+def test_instructions_that_are_not_used_refuse_nothing(world, tmp_path):
+    rows = read(world / "train.jsonl")
+    order = lm.random_stream(0, "instructions").permutation(len(rows))
+    rows[order[-1]] = {"instruction": "x" * 600}  # no prompt of the policy holds it
+    file = tmp_path / "train.jsonl"
+    lm.write_jsonl(file, rows)
+    flags = ["--instructions", file, "--epochs", 1]
+    assert "iteration 1 " in run(world, tmp_path / "run", *flags, "--iterations", 1)
+    with pytest.raises(lm.InputError, match=f"{file}: the prompt of instruction"):
+        run(world, tmp_path / "other", *flags, "--iterations", 4)
+
+
+def test_categories_and_answers_that_are_null_or_numbers(world, tmp_path):
+    rows = read(world / "validation.jsonl")
+    fields = [{"category": None}, {"category": 3}, {"category": "a"}, {}]
+    rows = [
+        {"instruction": row["instruction"], "answer": None, **fields[i % 4]}
+        for i, row in enumerate(rows)
+    ]
+    file = tmp_path / "validation.jsonl"
+    lm.write_jsonl(file, rows)
+    flags = ["--validation", file, "--iterations", 1, "--epochs", 1]
+    run(world, tmp_path / "run", *flags)
+    for row in rows_of(tmp_path / "run", "validation"):
+        assert row["exact_match"] is None
+        counts = {name: each["count"] for name, each in row["by_category"].items()}
+        assert counts == {"3": 2, "a": 1}
+
+
 # What a person sees
 
 
@@ -348,7 +397,7 @@ def test_the_lines_of_a_run_are_few_and_no_wider_than_a_terminal(finished, world
 
 def test_an_example_is_what_the_seed_got_wrong_before_and_after(monkeypatch, capsys):
     def row(text, response, instruction="Why\a\n\nso?"):
-        output = {"text": text, "response": response}
+        output = {"text": text, "response": response, "finished": True}
         return {"instruction": instruction, "answer": "b c", "outputs": [output]}
 
     longer = row("no", "no", "Why is it so?")
@@ -397,6 +446,9 @@ def test_report_shows_the_table_of_each_run(finished, capsys):
         ("#### -3", "-3", True),
         ("dog cat", "cat dog", False),
         ("The answer is: cat  dog", "Cat dog", True),
+        ("The answer is (B).", "B", True),
+        ('The answer is "Paris".', "Paris", True),
+        ("The answer is [a].", "(A)", True),
         ("", "7", False),
         (None, "7", False),
         ("7.0", "7", True),
@@ -433,6 +485,7 @@ ENDED, CUT_OFF = True, False
         (r"\boxed{18\text{ dollars}} for 2 days", ENDED, "18", True),
         (r"\boxed{-\$18} for 2 days", ENDED, "-18", True),
         (r"\boxed{\frac{3}{4}} of 8", ENDED, "3/4", True),
+        (r"\boxed{\frac34} of 8", CUT_OFF, "3/4", True),
         (r"So \boxed{x^{2}} is it", ENDED, "x^{2}", True),
         ("The answer is\n\\[\n18\n\\]\nfor 2 days", ENDED, "18", True),
         # Which mark
@@ -503,6 +556,7 @@ def test_an_output_that_was_cut_off_in_mid_sum_is_not_right():
 
 def validation_rows(responses, **fields):
     counts = {"score": 1.0, "thought_tokens": 3, "response_tokens": 1, "tries": 1}
+    counts["finished"] = True
     seed = {"response": "1", **counts}
     outputs = ([{"response": r, **counts}, seed] for r in responses)
     return [{"instruction": "?", **fields, "outputs": both} for both in outputs]
