@@ -6,6 +6,7 @@ fixture stores a config and what transformers made of it, never the weights.
 
 import gc
 import json
+import random
 import sys
 import weakref
 from pathlib import Path
@@ -72,6 +73,44 @@ def little_to_collect():
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+def relative(found, expected):
+    """The largest difference beside the largest value."""
+    return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def read_rows(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def read_or_refuse(read, file, others, cases=300):
+    """Calls read() on 300 changes of a file: it ends well or in an InputError, of several kinds.
+
+    A stretch of bytes is cut out, or one of `others` put in its place.
+    """
+    import model as lm
+
+    whole, refusals = file.read_bytes(), set()
+    for number in range(cases):
+        rng = random.Random(number)
+        data, i = bytearray(whole), rng.randrange(len(whole))
+        cuts = [i, min(i + rng.choice([0, 1, 4, 99]), len(whole))]
+        data[slice(*cuts)] = rng.choice([b"", b"\xff", b'"', b"{", b"]", b"\n", b"-", *others])
+        file.write_bytes(data)
+        try:
+            read()
+        except lm.InputError as error:
+            refusals.add(str(error)[-30:])
+        except BaseException:
+            print(f"case {number}: {bytes(data)!r}")
+            raise
+    assert len(refusals) > 3
 
 
 def cache_bytes_per_token(config, dtype):

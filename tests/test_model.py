@@ -28,6 +28,7 @@ from conftest import (
     LLAMA_SPECIAL,
     byte_tokenizer,
     cache_bytes_per_token,
+    relative,
     tensor_shapes,
     write_checkpoint,
     write_tokenizer,
@@ -53,10 +54,6 @@ def ours(tiny):
 def build(case, folder):
     dtype = getattr(torch, case.get("dtype", "float32"))
     return write_checkpoint(folder, case["config"], case["seed"], dtype, case.get("shards", 1))
-
-
-def relative(a, b):
-    return ((a - b).abs().max() / b.abs().max()).item()
 
 
 def gradients(module, loss):

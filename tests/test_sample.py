@@ -25,6 +25,7 @@ from conftest import (
     LLAMA,
     LLAMA_TEMPLATE,
     cache_bytes_per_token,
+    read_rows,
     write_checkpoint,
     write_tokenizer,
 )
@@ -722,7 +723,7 @@ def test_a_file_of_instructions_to_a_file_of_samples(style, run, folder, loaded,
     file, out = write_instructions(tmp_path / "instructions.jsonl"), tmp_path / "samples.jsonl"
     flags = ["--num-samples", 3, "--max-new-tokens", 9, "--thought", style]
     run("--model", folder, "--instructions", file, "--output", out, *flags)
-    rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    rows = read_rows(out)
     for row, given, text in zip(rows, GIVEN, TEXTS, strict=True):
         mine = {"instruction": text, "outputs": row["outputs"]}
         assert row == given | mine | {key: row[key] for key in ("prompt_ids", "prompt_text")}
