@@ -89,7 +89,7 @@ def read_rows(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def read_or_refuse(read, file, others, cases=300):
+def read_or_refuse(read, file, others):
     """Calls read() on 300 changes of a file: it ends well or in an InputError, of several kinds.
 
     A stretch of bytes is cut out, or one of `others` put in its place.
@@ -97,7 +97,7 @@ def read_or_refuse(read, file, others, cases=300):
     import model as lm
 
     whole, refusals = file.read_bytes(), set()
-    for number in range(cases):
+    for number in range(300):
         rng = random.Random(number)
         data, i = bytearray(whole), rng.randrange(len(whole))
         cuts = [i, min(i + rng.choice([0, 1, 4, 99]), len(whole))]
